@@ -1,0 +1,15 @@
+"""Stage 3, unified adversarial equilibrium: the primed generator sharpens itself as its own discriminator."""
+
+from pose_core.runtime import cli
+from pose_core.runtime.phases import train_phase
+from pose_core.runtime.session import open_session
+from pose_core.runtime.stage import stage_run
+
+
+def main(arguments: cli.Arguments) -> None:
+    with open_session(arguments.settings) as session, stage_run("adversarial_equilibrium", session.settings) as run:
+        train_phase(run, "equilibrium", start_from="stability_priming")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

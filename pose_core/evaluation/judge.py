@@ -1,0 +1,292 @@
+"""The judge: a small video classifier of the moving digits domain, behind the figures of ``metrics.py``.
+
+It names digit and direction and gives the features whose Fréchet distances measure frame and motion quality. It learns
+on degraded and disordered clips too, and to tell how: what a head must read off the features, the distances can see.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pose_core.data import moving_digits
+from pose_core.errors import CheckpointError
+
+WEIGHTS_FILE = "judge.safetensors"
+CONFIG_FILE = "config.json"
+DIRECTION_NAMES = tuple(moving_digits.DIRECTIONS)
+WHITENING_CLIPS = 600
+DEGRADATIONS = ("blur", "blocks", "ghost", "gain", "noise")
+DISORDERS = ("none", "shuffled", "frozen", "swapped", "jittered")
+
+INK_FLOOR = 0.15
+"""Share of a frame's brightest value that counts as background; keeps noise from pulling the centre inwards."""
+WHITENING_RIDGE = 0.1
+"""Added to the variance of each principal feature before it is made one. Degradations barely vary between clean clips,
+so without whitening the choice of digits drowns them in a Fréchet distance; a smaller ridge lets faint noise rule."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees in ``N`` clips of ``T`` frames; features are whitened over clean training clips."""
+
+    digit_logits: Tensor
+    """``[N, T, 10]``, one guess a frame."""
+    direction_logits: Tensor
+    """``[N, 8]``, in the order of ``DIRECTION_NAMES``."""
+    frame_features: Tensor
+    """``[N, T, D]``: what a frame shows and how cleanly."""
+    clip_features: Tensor
+    """``[N, D]``: how the clip moves and holds together."""
+    degradations: Tensor
+    """``[N, T, 5]``, estimated strengths in about [0, 1], in the order of ``DEGRADATIONS``."""
+    disorder_logits: Tensor
+    """``[N, 5]``, in the order of ``DISORDERS``."""
+    centres: Tensor
+    """``[N, T, 2]``: the digit's centre as (x, y) in pixels."""
+
+
+class Judge(nn.Module):
+    """Frame encoder with a digit head, and a temporal part over its features and the digit's track."""
+
+    def __init__(self, width: int = 24, feature_size: int = 32):
+        super().__init__()
+        self.settings = {"width": width, "feature_size": feature_size}
+        self.encoder = nn.Sequential(
+            *_block(nn.Conv2d(3, width, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(width)),
+            *_block(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(2 * width)),
+            *_block(nn.Conv2d(2 * width, 3 * width, 3, padding=1, bias=False), nn.BatchNorm2d(3 * width)),
+            *_block(nn.Conv2d(3 * width, 4 * width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * width)),
+        )
+        self.frame_projection = _projection(4 * width, feature_size)
+        self.digit_head = nn.Linear(feature_size, len(moving_digits.DIGIT_NAMES))
+        self.degradation_head = nn.Linear(feature_size, len(DEGRADATIONS))
+        self.temporal = nn.Sequential(
+            *_block(nn.Conv1d(feature_size + 3, 3 * width, 3, padding=1, bias=False), nn.BatchNorm1d(3 * width)),
+            *_block(nn.Conv1d(3 * width, 3 * width, 3, padding=1, bias=False), nn.BatchNorm1d(3 * width)),
+        )
+        self.clip_projection = _projection(3 * width, feature_size)
+        self.direction_head = nn.Linear(feature_size, len(DIRECTION_NAMES))
+        self.disorder_head = nn.Linear(feature_size, len(DISORDERS))
+        self.frame_whitening = nn.Buffer(torch.eye(feature_size))
+        self.clip_whitening = nn.Buffer(torch.eye(feature_size))
+
+    def forward(self, clips: Tensor) -> Verdict:
+        """Judge ``clips [N, T, 3, H, W]`` in [0, 1]."""
+        count, frames, _, height, width = clips.shape
+        pooled = self.encoder(clips.flatten(0, 1)).mean(dim=(2, 3))
+        frame_features = self.frame_projection(pooled).unflatten(0, (count, frames))
+        centres = brightness_centres(clips)
+        place = centres / clips.new_tensor([width, height]) * 2 - 1
+        time = torch.linspace(-1, 1, frames, device=clips.device).expand(count, frames)[..., None]
+        track = torch.cat([frame_features, 2 * place, time], dim=-1).transpose(1, 2)
+        clip_features = self.clip_projection(self.temporal(track).mean(dim=2))
+        return Verdict(
+            digit_logits=self.digit_head(frame_features),
+            direction_logits=self.direction_head(clip_features),
+            frame_features=frame_features @ self.frame_whitening,
+            clip_features=clip_features @ self.clip_whitening,
+            degradations=self.degradation_head(frame_features),
+            disorder_logits=self.disorder_head(clip_features),
+            centres=centres,
+        )
+
+    @torch.no_grad()
+    def watch(self, videos: np.ndarray, batch_clips: int = 32) -> Verdict:
+        """Judge ``videos [N, T, H, W, 3]`` uint8 in batches, without gradients; results are on the CPU."""
+        device = next(self.parameters()).device
+        parts = [
+            self(torch.from_numpy(videos[start : start + batch_clips]).to(device).movedim(-1, 2) / 255)
+            for start in range(0, len(videos), batch_clips)
+        ]
+        return Verdict(*(torch.cat([getattr(p, name).cpu() for p in parts]) for name in Verdict.__dataclass_fields__))
+
+    def save(self, folder: Path, record: dict[str, object] | None = None) -> None:
+        """Write weights and config into ``folder``; ``record`` says how they were made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / WEIGHTS_FILE)
+        config = {**self.settings, "trained": record or {}}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        """Load a judge that ``save`` wrote, ready to judge.
+
+        Raises:
+            CheckpointError: when a part is missing, unreadable or does not fit.
+        """
+        remedy = "make one with 'python pipelines/train_judge.py' or set evaluation.judge"
+        for part in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / part).is_file():
+                raise CheckpointError(f"the judge in {folder} has no {part}: {remedy}", in_call=True)
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            judge = cls(width=config["width"], feature_size=config["feature_size"])
+            judge.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the judge in {folder} does not load ({reason}): {remedy}", in_call=True) from None
+        return judge.eval()
+
+
+def brightness_centres(clips: Tensor) -> Tensor:
+    """Centre of mass of the brightness above the background, ``[N, T, 2]`` as (x, y) in pixels.
+
+    ``clips [N, T, 3, H, W]`` in [0, 1]; a blank frame has its centre in the middle.
+    """
+    grey = clips.mean(dim=2)
+    ink = (grey - INK_FLOOR * grey.amax(dim=(-2, -1), keepdim=True)).clamp(min=0) + 1e-6
+    mass = ink.sum(dim=(-2, -1))
+    x = (ink.sum(dim=-2) * torch.arange(grey.shape[-1], device=grey.device)).sum(dim=-1) / mass
+    y = (ink.sum(dim=-1) * torch.arange(grey.shape[-2], device=grey.device)).sum(dim=-1) / mass
+    return torch.stack([x, y], dim=-1)
+
+
+def train(
+    *,
+    steps: int,
+    seed: int,
+    batch_clips: int = 48,
+    frames: int = 9,
+    learning_rate: float = 3e-3,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Judge:
+    """Train a judge on fresh clips of the training handwriting; the same seed and threads give the same judge.
+
+    ``progress`` is called after each step with the number of finished steps and the loss.
+    """
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge().train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+    for step in range(steps):
+        loss = _loss(judge, rng, generator, batch_clips, frames)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress(step + 1, loss.item())
+    judge.eval()
+    clean = judge.watch(_draw(rng, WHITENING_CLIPS, frames)[1])
+    judge.frame_whitening.copy_(_whitening(clean.frame_features.flatten(0, 1)))
+    judge.clip_whitening.copy_(_whitening(clean.clip_features))
+    return judge
+
+
+def accuracy(judge: Judge, *, seed: int, clips: int = 500, frames: int = 9) -> dict[str, float]:
+    """Share of held-out handwriting clips, in [0, 1], whose ``digit`` and whose ``direction`` the judge names."""
+    drawn, videos = _draw(np.random.default_rng(seed), clips, frames, heldout=True)
+    verdict = judge.watch(videos)
+    digits, directions = _labels(drawn)
+    return {
+        "digit": (verdict.digit_logits.mean(dim=1).argmax(dim=-1) == digits).float().mean().item(),
+        "direction": (verdict.direction_logits.argmax(dim=-1) == directions).float().mean().item(),
+    }
+
+
+def _draw(
+    rng: np.random.Generator, count: int, frames: int, *, heldout: bool = False
+) -> tuple[list[moving_digits.DigitClip], np.ndarray]:
+    drawn = [moving_digits.draw_clip(rng, heldout=heldout) for _ in range(count)]
+    return drawn, np.stack([moving_digits.render(clip, frames) for clip in drawn])
+
+
+def _labels(drawn: list[moving_digits.DigitClip]) -> tuple[Tensor, Tensor]:
+    digits = torch.tensor([clip.digit for clip in drawn])
+    return digits, torch.tensor([DIRECTION_NAMES.index(clip.direction) for clip in drawn])
+
+
+def _whitening(features: Tensor) -> Tensor:
+    variances, axes = torch.linalg.eigh(torch.cov(features.double().T))
+    return (axes * (variances + WHITENING_RIDGE).rsqrt() @ axes.T).float()
+
+
+def _loss(judge: Judge, rng: np.random.Generator, generator: torch.Generator, count: int, frames: int) -> Tensor:
+    drawn, videos = _draw(rng, count, frames)
+    digits, directions = _labels(drawn)
+    digits = digits[:, None].expand(-1, frames)
+    clips, digits, disorders = disorder(torch.from_numpy(videos).movedim(-1, 2) / 255, digits, generator)
+    clips, strengths = degrade(clips, generator)
+    verdict = judge(clips)
+    # A shuffled, frozen or swapped clip has no direction to name.
+    ordered = (disorders == 0).float()
+    direction = F.cross_entropy(verdict.direction_logits, directions, reduction="none")
+    return (
+        F.cross_entropy(verdict.digit_logits.flatten(0, 1), digits.flatten(), label_smoothing=0.02)
+        + (direction * ordered).sum() / ordered.sum().clamp(min=1)
+        + 0.5 * F.cross_entropy(verdict.disorder_logits, disorders)
+        + 2 * F.mse_loss(verdict.degradations, strengths[:, None].expand(-1, frames, -1))
+    )
+
+
+def disorder(clips: Tensor, digits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Spoil the time axis of about four clips in ten: shuffle, freeze, swap the digit midway, or let it jitter.
+
+    Takes and returns ``clips [N, T, 3, H, W]`` and ``digits [N, T]``; adds the index into ``DISORDERS``, ``[N]``.
+    """
+    count, frames = digits.shape
+    kinds = (torch.rand(count, generator=generator) * 10 - 5).floor().clamp(min=0).long()
+    other_clips, other_digits = clips.roll(1, 0), digits.roll(1, 0)
+    clips, digits = clips.clone(), digits.clone()
+    for row, kind in enumerate(kinds.tolist()):
+        if DISORDERS[kind] == "shuffled":
+            clips[row] = clips[row, torch.randperm(frames, generator=generator)]
+        elif DISORDERS[kind] == "frozen":
+            clips[row] = clips[row, :1].clone()
+        elif DISORDERS[kind] == "swapped":
+            cut = int(torch.randint(1, frames, (), generator=generator))
+            clips[row, cut:], digits[row, cut:] = other_clips[row, cut:], other_digits[row, cut:]
+        elif DISORDERS[kind] == "jittered":
+            for frame, shift in enumerate(torch.randint(-2, 3, (frames, 2), generator=generator).tolist()):
+                clips[row, frame] = clips[row, frame].roll(shift, (-2, -1))
+    return clips, digits, kinds
+
+
+def degrade(clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Spoil the frames as codecs, autoencoders and short samplers do; each degradation hits half of the clips.
+
+    ``clips [N, T, 3, H, W]`` in [0, 1]; the strengths, ``[N, 5]`` in [0, 1], follow ``DEGRADATIONS``.
+    """
+    shape = (len(clips), len(DEGRADATIONS))
+    strengths = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.5)
+    blur, blocks, ghost, gain, noise = strengths.T[..., None, None, None, None]
+    neighbours = (torch.cat([clips[:, :1], clips[:, :-1]], 1) + torch.cat([clips[:, 1:], clips[:, -1:]], 1)) / 2
+    clips = torch.lerp(clips, neighbours, 0.6 * ghost)
+    clips = soften(clips, 4 * blur)
+    flat = clips.flatten(0, 1)
+    coarse = F.interpolate(F.avg_pool2d(flat, 4), scale_factor=4.0, mode="nearest").view_as(clips)
+    clips = torch.lerp(clips, coarse, 0.5 * blocks)
+    tint = 1 + 0.1 * gain * torch.randn((len(clips), 1, 3, 1, 1), generator=generator)
+    clips = clips * (1 - 0.4 * gain) * tint + 0.1 * gain
+    white = torch.randn(clips.shape, generator=generator)
+    return (clips + 0.12 * noise * white).clamp(0, 1), strengths
+
+
+def soften(clips: Tensor, passes: Tensor) -> Tensor:
+    """Blur ``clips [N, T, 3, H, W]`` by ``passes`` of a 1-2-1 kernel (variance 0.5 each), fractions blended."""
+    line = clips.new_tensor([0.25, 0.5, 0.25])
+    kernel = torch.outer(line, line)[None, None].expand(3, 1, 3, 3)
+    for done in range(int(passes.max().ceil())):
+        softer = F.conv2d(clips.flatten(0, 1), kernel, padding=1, groups=3).view_as(clips)
+        clips = torch.lerp(clips, softer, (passes - done).clamp(0, 1))
+    return clips
+
+
+def _block(convolution: nn.Module, norm: nn.Module) -> tuple[nn.Module, ...]:
+    return convolution, norm, nn.ReLU()
+
+
+def _projection(inputs: int, outputs: int) -> nn.Sequential:
+    # Normalised without learnt scales, so that every feature weighs alike in a Fréchet distance.
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs, affine=False))

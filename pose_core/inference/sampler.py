@@ -1,0 +1,69 @@
+"""Samples videos from first frames and prompts: one or a few generator steps, or the teacher's many."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pose_core.method.flow import Velocity, euler, few_steps, guided
+from pose_core.models import wan
+from pose_core.models.codec import WanCodec, latent_shape
+from pose_core.models.video_model import Condition, VideoModel
+
+
+def velocity(model: VideoModel, condition: Condition) -> Velocity:
+    """The model's velocity with its condition bound."""
+    return partial(_velocity, model, condition)
+
+
+def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:
+    return model.velocity(x_t, t, condition)
+
+
+@torch.no_grad()
+def sample_generator(model: VideoModel, condition: Condition, noises: list[Tensor]) -> Tensor:
+    """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each."""
+    return few_steps(velocity(model, condition), noises)
+
+
+@torch.no_grad()
+def sample_teacher(
+    model: VideoModel, condition: Condition, null_text: Tensor, noise: Tensor, steps: int, guidance: float, shift: float
+) -> Tensor:
+    """Latents ``[B, C, T, H, W]`` by ``steps`` Euler steps with classifier-free guidance (two evaluations a step)."""
+    unconditional = velocity(model, condition.with_text(null_text))
+    return euler(guided(velocity(model, condition), unconditional, guidance), noise, steps, shift)
+
+
+class OneStepSampler:
+    """A diffusers folder, seen as a function from first frames, prompts and noise to videos."""
+
+    def __init__(self, model: VideoModel, codec: WanCodec, folder: Path):
+        self.model, self.codec, self.folder = model, codec, folder
+
+    @classmethod
+    def load(cls, folder: Path, text_tokens: int = wan.TEXT_SLOTS) -> OneStepSampler:
+        """Load an exported folder (or any Wan folder).
+
+        Raises:
+            CheckpointError: naming the part that is missing or does not load.
+        """
+        return cls(wan.load(folder), WanCodec.load(folder, text_tokens), folder)
+
+    def __call__(self, prompts: list[str], first_frames: np.ndarray | None, noises: list[Tensor]) -> np.ndarray:
+        """Videos ``[B, F, H, W, 3]``, float32 in [0, 1].
+
+        ``first_frames [B, H, W, 3]`` uint8 (None for text to video); ``noises``: one ``[B, C, T, h, w]`` a step.
+        """
+        frames = (noises[0].shape[2] - 1) * self.codec.vae.config.scale_factor_temporal + 1
+        condition = self.codec.encode_condition(prompts, first_frames, frames)
+        return self.codec.decode(sample_generator(self.model, condition, noises))
+
+    def noise(self, clips: int, frames: int, height: int, width: int, seed: int) -> Tensor:
+        """Standard Gaussian noise ``[B, C, T, h, w]`` for clips of the given size, from ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(clips, *latent_shape(self.folder, frames, height, width), generator=generator)

@@ -1,0 +1,44 @@
+"""Where a model named in the settings lies on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from pose_core.errors import CheckpointError
+
+SHIPPED = Path(__file__).parents[2] / "pipelines" / "configs"
+"""Folders shipped with the project are named relative to the configs that use them."""
+
+
+def find_folder(name: str) -> Path | None:
+    """The local folder ``name`` stands for: relative to the working folder, or shipped with the project."""
+    for candidate in (Path(name).expanduser(), SHIPPED / name):
+        if candidate.is_dir():
+            return candidate.resolve()
+    return None
+
+
+def local_teacher(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    """A diffusers folder on this machine; a hub name is downloaded into the hub's cache first.
+
+    ``weights=False`` is content with the configs.
+
+    Raises:
+        CheckpointError: neither a folder nor a hub name that can be had (correctable in the call).
+    """
+    folder = find_folder(name)
+    if folder is not None:
+        return folder
+    patterns = None if weights else ["*.json", "*/*.json"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"model.teacher={name} is no folder here and no hub model that can be downloaded ({reason}): "
+            "name an existing diffusers folder, or check the network and the name",
+            in_call=True,
+        ) from None

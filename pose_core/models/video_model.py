@@ -1,0 +1,75 @@
+"""What every model family offers to the rest of the program; a new family is one file that meets this protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a video is conditioned on, already encoded.
+
+    text         ``[B, L, D_text]`` prompt embeddings, zeros behind the last token
+    image        ``[B, N, D_image]`` embeddings of the first frame, or None (text to video)
+    first_frame  ``[B, C_cond, T, H, W]`` mask and latents of the first frame, or None (text to video)
+    """
+
+    text: Tensor
+    image: Tensor | None = None
+    first_frame: Tensor | None = None
+
+    def with_text(self, text: Tensor) -> Condition:
+        """The same images with other prompts; ``text [1, L, D_text]`` is repeated for the batch."""
+        return Condition(text.expand(self.text.shape[0], -1, -1), self.image, self.first_frame)
+
+    def repeat(self, times: int) -> Condition:
+        """The batch ``times`` times over, for one forward of several inputs: ``[times * B, ...]``."""
+        return Condition(*(None if part is None else torch.cat([part] * times) for part in self._parts()))
+
+    def rows(self, rows: slice) -> Condition:
+        """Some clips of the batch."""
+        return Condition(*(None if part is None else part[rows] for part in self._parts()))
+
+    def to(self, *args, **kwargs) -> Condition:
+        """Every tensor moved as ``Tensor.to`` does."""
+        return Condition(*(None if part is None else part.to(*args, **kwargs) for part in self._parts()))
+
+    def _parts(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class VideoModel(Protocol):
+    """A rectified-flow video transformer seen through the project's notation (time 0 = data, 1 = noise)."""
+
+    module: nn.Module
+    """The stock network; parallelism, checkpoints and exports act on it."""
+    compute_dtype: torch.dtype
+    """Precision its inputs are cast to; ``training/parallel.py`` sets it."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The repeated transformer blocks, the units of sharding."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Channels of a block's output."""
+        ...
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+        ...
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
+        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
+        ...
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write full ``weights`` of this model as a folder that stock diffusers loads."""
+        ...

@@ -1,0 +1,104 @@
+"""The command line that every script in ``pipelines/`` shares: arguments, settings, errors and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pose_core import config
+from pose_core.config import Settings
+from pose_core.errors import ConfigError, PoseError
+from pose_core.runtime.storage import Store
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "digits_i2v.yaml"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was typed: the settings after all overrides, and the switches."""
+
+    settings: Settings
+    debug: bool
+    dry_run: bool = False
+
+
+def run(main: Callable[[Arguments], None], description: str, *, dry_run: bool = False) -> None:
+    """Parse the command line, call ``main`` and turn errors into one line and an exit code.
+
+    ``dry_run`` says whether the script has that switch.
+    """
+    typed = _parser(description, dry_run).parse_intermixed_args()
+    _quiet(typed.debug)
+    try:
+        settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
+        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False)))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except PoseError as error:
+        if typed.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if typed.debug:
+            raise
+        print(f"error: {error.strerror or error}: {error.filename or ''} (--debug shows where)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Settings are typed as section.key=value, e.g. priming.steps=200 training.workers=4; "
+        "pose_core/config.py lists them all.",
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
+    parser.add_argument(
+        "--config", default=str(DEFAULT_CONFIG), help="YAML file, or its s3:// address (default: the digits demo)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
+    parser.add_argument("--version", action="version", version=f"pose {project_version()}")
+    if dry_run:
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check settings, storage and cluster, print what every stage would hold, and stop",
+        )
+    return parser
+
+
+def project_version() -> str:
+    """The installed version, or ``unknown`` for a checkout that was never installed."""
+    try:
+        return version("pose")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _read(location: str) -> str:
+    """The text of a config file, local or in object storage."""
+    if "://" in location:
+        folder, _, name = location.rpartition("/")
+        return Store.open(folder).read_text(name)
+    try:
+        return Path(location).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"--config {location} cannot be read: {reason}; see pipelines/configs for examples") from None
+
+
+def _quiet(debug: bool) -> None:
+    """Keep the libraries' chatter out of the way of what a person should read."""
+    if debug:
+        return
+    warnings.filterwarnings("ignore")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "1")

@@ -1,0 +1,150 @@
+"""Samples held-out prompts on Ray actors: the teacher with many steps and with one, the generator with one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util import ActorPool
+
+from pose_core.config import Settings
+from pose_core.errors import CheckpointError
+from pose_core.evaluation.judge import Judge
+from pose_core.evaluation.metrics import plain_figures, score
+from pose_core.evaluation.report import summarise, write_report
+from pose_core.inference.sampler import sample_generator, sample_teacher
+from pose_core.models import wan
+from pose_core.models.codec import WanCodec
+from pose_core.models.folders import find_folder, local_teacher
+from pose_core.models.video_model import Condition
+from pose_core.runtime.datasets import TRAINED_ON
+from pose_core.runtime.preparing import open_prepared
+from pose_core.runtime.stage import StageRun
+from pose_core.runtime.storage import Store
+from pose_core.training.state import Draws
+
+
+@ray.remote
+class SamplingActor:
+    """Holds the models of an evaluation; samples one batch of held-out rows at a time."""
+
+    def __init__(self, settings: Settings, generators: dict[str, Store], null_text: np.ndarray):
+        self.settings = settings
+        if settings.training.threads_per_worker:
+            torch.set_num_threads(settings.training.threads_per_worker)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        teacher = local_teacher(settings.model.teacher, settings.model.revision)
+        self.codec = WanCodec.load(teacher, settings.data.text_tokens, str(self.device))
+        self.null_text = torch.tensor(null_text, device=self.device)
+        self.teacher = self._model(teacher)
+        self.generators = {}
+        for name, store in generators.items():
+            with tempfile.TemporaryDirectory() as folder:
+                store.download_folder("generator", Path(folder) / "generator")
+                self.generators[name] = self._model(Path(folder) / "generator", wan.count_image_tokens(teacher))
+
+    def _model(self, folder: Path, image_tokens: int | None = None) -> wan.Wan:
+        model = wan.load(folder, image_tokens=image_tokens)
+        model.module.to(self.device).eval()
+        return model
+
+    def sample(self, index: int, rows: dict[str, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
+        """Videos ``[B, T, H, W, 3]`` uint8 of batch ``index`` by how they were made, all from the same noise."""
+        columns = {name: torch.tensor(rows[name], device=self.device) for name in TRAINED_ON if name in rows}
+        condition = Condition(columns["text"], columns.get("image"), columns.get("first_frame"))
+        noise = Draws(self.settings.run.seed, index, "evaluation", 0, 1, self.device).normal(columns["latents"])
+        evaluation, shift = self.settings.evaluation, self.settings.model.timestep_shift
+        many, guidance = evaluation.teacher_steps, evaluation.guidance
+        latents = {
+            f"teacher_{many}_steps": sample_teacher(
+                self.teacher, condition, self.null_text, noise, many, guidance, shift
+            ),
+            "teacher_1_step": sample_teacher(self.teacher, condition, self.null_text, noise, 1, guidance, shift),
+        }
+        for name, model in self.generators.items():
+            latents[name] = sample_generator(model, condition, [noise])
+        return index, {name: self._to_uint8(value) for name, value in latents.items()}
+
+    def _to_uint8(self, latents: torch.Tensor) -> np.ndarray:
+        return (self.codec.decode(latents) * 255).round().astype(np.uint8)
+
+
+def sample_heldout(
+    rows: dict[str, Any],
+    settings: Settings,
+    generators: dict[str, Store],
+    null_text: np.ndarray,
+    advance: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """Videos of every way to sample, in the rows' order; ``advance`` is told how many clips are done."""
+    evaluation = settings.evaluation
+    size, total = evaluation.batch_clips, len(rows["key"])
+    starts = range(0, total, size)
+    gpus = settings.training.gpus_per_worker
+    actor = SamplingActor.options(num_cpus=settings.training.cpus_per_worker, num_gpus=gpus)  # type: ignore[attr-defined]
+    actors = [actor.remote(settings, generators, null_text) for _ in range(min(evaluation.workers, len(starts)))]
+    batches = [(index, _rows(rows, slice(start, start + size))) for index, start in enumerate(starts)]
+    done: dict[int, dict[str, np.ndarray]] = {}
+    for index, videos in ActorPool(actors).map_unordered(lambda a, batch: a.sample.remote(*batch), batches):
+        done[index] = videos
+        advance(min(len(done) * size, total))
+    return {name: np.concatenate([done[index][name] for index in sorted(done)]) for name in done[0]}
+
+
+def _rows(rows: dict[str, Any], chosen: slice) -> dict[str, np.ndarray]:
+    return {name: rows[name][chosen] for name in TRAINED_ON if name in rows}
+
+
+def evaluate_generators(run: StageRun) -> None:
+    """Sample, score and report: ``<run>/evaluate/report/`` and the same files in MLflow.
+
+    ``evaluation.clips`` held-out clips are generated; the real clips behind them are scored against as many others, so
+    that "real" is measured and not assumed.
+    """
+    settings = run.settings
+    prepared = open_prepared(run)
+    rows = prepared.heldout(2 * settings.evaluation.clips)
+    count = min(settings.evaluation.clips, len(rows["key"]))
+    generated, reference = {name: cells[:count] for name, cells in rows.items()}, rows["video"][count:]
+    if len(reference) < count // 2:
+        reference = generated["video"]
+    generators = {"primed_1_step": "stability_priming", "one_step": "adversarial_equilibrium"}
+    stores = {name: run.artifact_of(stage) for name, stage in generators.items()}
+    videos = {"real": generated["video"]} | sample_heldout(
+        generated,
+        settings,
+        stores,
+        prepared.null_text(),
+        lambda done: run.display.update(run.name, done, count),
+    )
+    score = _scorer(settings, generated, reference)
+    figures = {name: score(made) for name, made in videos.items()}
+    summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        rate = settings.data.frames_per_second
+        write_report(report, summary, videos, generated["prompt"], settings.evaluation.sheet_clips, rate)
+        run.artifact.upload_folder(report, "report")
+        run.tracker.log_folder(report, "report")
+    run.metrics |= {f"{way}/{name}": value for way, row in figures.items() for name, value in row.items()}
+
+
+def _scorer(
+    settings: Settings, generated: dict[str, Any], reference: np.ndarray
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """The figures that can be had: with a judge all of them, without one those that need no network."""
+    first_frames = generated["video"][:, 0]
+    if not settings.evaluation.judge:
+        return lambda videos: plain_figures(videos, first_frames, reference)
+    folder = find_folder(settings.evaluation.judge)
+    if folder is None:
+        raise CheckpointError(
+            f"evaluation.judge={settings.evaluation.judge} is no folder: name one, or leave it empty", in_call=True
+        )
+    judge = Judge.load(folder)
+    return lambda videos: score(judge, videos, generated["prompt"], first_frames, reference)

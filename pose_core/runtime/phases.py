@@ -1,0 +1,123 @@
+"""The driver of a training phase: hands the data and the job to Ray Train and waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from pose_core.config import Settings
+from pose_core.errors import ClusterError, PoseError
+from pose_core.runtime.preparing import open_prepared
+from pose_core.runtime.stage import StageRun
+from pose_core.runtime.storage import Store
+from pose_core.runtime.worker import PhaseJob, run_phase
+
+SHARE_OF_DATA_TASKS = 1.1
+"""Rows planned over rows needed: an equal split over the workers drops the remainder of a block."""
+
+
+def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> None:
+    """Run a phase on ``training.workers`` Ray Train workers and leave the averaged generator in the stage's artifact.
+
+    ``start_from`` names the stage whose generator it goes on with; without one it starts from the teacher. The phase
+    resumes from the last checkpoint that was made with the same fingerprint.
+
+    Raises:
+        ClusterError: the phase failed more often than ``training.max_failures`` allows.
+    """
+    generator = run.artifact_of(start_from) if start_from else None
+    with _progress(run, _steps(phase, run.settings)) as board:
+        job = PhaseJob(phase, run.settings, open_prepared(run), run.artifact, generator, run.tracker, board)
+        try:
+            result = _trainer(job, run.artifact.child("checkpoints"), run.fingerprint).fit()
+        except ray.train.TrainingFailedError as error:
+            raise _plain(error, run.name) from error
+    run.metrics |= {key: value for key, value in (result.metrics or {}).items() if isinstance(value, int | float)}
+
+
+def _steps(phase: str, settings: Settings) -> int:
+    return settings.priming.steps if phase == "priming" else settings.equilibrium.steps
+
+
+def _trainer(job: PhaseJob, checkpoints: Store, fingerprint: str) -> TorchTrainer:
+    training = job.settings.training
+    rows = int((job.steps + 1) * training.workers * training.batch_per_worker * SHARE_OF_DATA_TASKS)
+    filesystem, path = checkpoints.arrow()
+    resources = {"CPU": training.cpus_per_worker}
+    if training.gpus_per_worker:
+        resources["GPU"] = training.gpus_per_worker
+    return TorchTrainer(
+        run_phase,
+        train_loop_config={"job": job},
+        datasets={"train": job.prepared.stream(rows, job.settings.run.seed)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Another configuration starts anew instead of resuming from weights it did not make.
+            name=fingerprint[:16],
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        ),
+    )
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Holds the newest step and losses of a phase; rank 0 writes, the driver reads."""
+
+    def __init__(self) -> None:
+        self.newest: tuple[int, dict[str, float]] = (0, {})
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Called by rank 0 without waiting."""
+        self.newest = (step, values)
+
+    def read(self) -> tuple[int, dict[str, float]]:
+        """The newest step and its values."""
+        return self.newest
+
+
+@contextmanager
+def _progress(run: StageRun, steps: int) -> Iterator[Any]:
+    """A board whose content a thread keeps drawing until the phase ends."""
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    ended = threading.Event()
+
+    def draw() -> None:
+        last = -1
+        while not ended.wait(1.0):
+            step, values = ray.get(board.read.remote())
+            if step != last:
+                run.display.update(run.name, step, steps, **values)
+                last = step
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield board
+        step, values = ray.get(board.read.remote())
+        run.display.update(run.name, step, steps, **values)
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+        ray.kill(board)
+
+
+def _plain(error: Exception, stage: str) -> PoseError:
+    """The error a worker meant, if it was one of ours; else one line about what ended the phase."""
+    causes = list(getattr(error, "worker_failures", {}).values())
+    for cause in causes:
+        inner = getattr(cause, "cause", cause)
+        if isinstance(inner, PoseError):
+            return inner
+    reason = " ".join(str(causes[0] if causes else error).split())
+    return ClusterError(f"{stage} failed more often than training.max_failures allows: {reason[-300:]}")

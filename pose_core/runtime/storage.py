@@ -1,0 +1,300 @@
+"""Object storage behind one small class: an S3 bucket or a local folder, with the same keys and the same errors.
+
+boto3 does the control work and small objects, pyarrow.fs moves folders; the usual ``AWS_*`` variables set both up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import boto3
+import pyarrow
+import pyarrow.fs
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from pose_core.errors import StorageError
+from pose_core.runtime.local_files import is_partial, partial_name, replace_folder, write_whole
+from pose_core.runtime.storage_errors import explain
+
+_READ_SECONDS = 60
+_PROBE_SECONDS = 4
+_CONNECT_SECONDS = 3
+_ATTEMPTS = 3
+_CHUNK_BYTES = 8 << 20
+_LOCAL = pyarrow.fs.LocalFileSystem()
+
+Keys = list[str]
+
+
+@dataclass(frozen=True)
+class Store(ABC):
+    """One root location: ``s3://bucket/prefix`` or a local folder; keys below it are relative and '/'-separated.
+
+    It holds only its location, so it travels into Ray tasks; each process makes clients from its ``AWS_*`` variables.
+    Every method raises ``StorageError`` with one line that names the location and the remedy.
+    """
+
+    uri: str
+
+    @classmethod
+    def open(cls, uri: str) -> Store:
+        """A store at ``s3://bucket/prefix``, ``file:///folder`` or a folder path; nothing is made or asked yet."""
+        if uri.startswith("s3://") and uri.strip("/") != "s3:":
+            return _BucketStore(uri.rstrip("/"))
+        if uri.startswith("file:///"):
+            return _FolderStore(unquote(uri.removeprefix("file://")).rstrip("/"))
+        if "://" in uri or not uri:
+            raise StorageError(f"storage {uri!r} is not supported; use s3://bucket/prefix or a folder", in_call=True)
+        return _FolderStore(str(Path(uri).expanduser().absolute()))
+
+    def child(self, prefix: str) -> Store:
+        """The store whose root is ``prefix`` below this one."""
+        return type(self)(self.url(prefix))
+
+    def url(self, key: str) -> str:
+        """The full location of ``key``, which a person or another process can open."""
+        if ".." in key.split("/"):
+            raise StorageError(f"storage key {key!r} leaves {self.uri}; keys may not contain '..'")
+        return f"{self.uri.rstrip('/')}/{key.strip('/')}".rstrip("/")
+
+    @abstractmethod
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """The pyarrow filesystem and the root's path on it: ``bucket/prefix`` or ``/folder``."""
+
+    def check(self) -> None:
+        """Write and remove a small object, so that a wrong location fails now and not after hours.
+
+        Raises:
+            StorageError: (exit code 2) wrong credentials, no bucket, not writable, disk full, no answer for 15 seconds.
+        """
+        try:
+            self._probe(f".pose-check-{uuid.uuid4().hex}")
+        except StorageError as error:
+            error.exit_code = 2
+            raise
+
+    @abstractmethod
+    def _probe(self, key: str) -> None: ...
+
+    @abstractmethod
+    def create_bucket(self) -> None:
+        """Create the bucket or folder unless it exists."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether an object (not a prefix) has this key."""
+
+    @abstractmethod
+    def read_bytes(self, key: str) -> bytes:
+        """The whole object; meant for small ones."""
+
+    @abstractmethod
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Write the object at once: readers see the old content or the new, never a part."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Keys:
+        """All keys below ``prefix`` (a folder's name), sorted, relative to this store's root; maybe none."""
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete everything in the folder ``prefix`` and below; nothing there is fine. The root itself is refused."""
+        if not prefix.strip("/"):
+            raise StorageError(f"refusing to delete all of {self.uri}; name a prefix below it")
+        self._delete(prefix)
+
+    @abstractmethod
+    def _delete(self, prefix: str) -> None: ...
+
+    def read_text(self, key: str) -> str:
+        """The object decoded as UTF-8, with a mark in place of what is not."""
+        return self.read_bytes(key).decode(errors="replace")
+
+    def read_json(self, key: str) -> dict[str, Any]:
+        """The object parsed as a JSON object."""
+        with contextlib.suppress(ValueError):
+            value = json.loads(self.read_bytes(key))
+            if isinstance(value, dict):
+                return value
+        raise StorageError(f"{self.url(key)} does not hold a JSON object; delete it and run again")
+
+    def write_json(self, key: str, obj: dict[str, Any]) -> None:
+        """Write ``obj`` as indented JSON with sorted keys."""
+        self.write_bytes(key, (json.dumps(obj, indent=2, sort_keys=True) + "\n").encode())
+
+    def upload_folder(self, local: Path, prefix: str) -> None:
+        """Copy every file below ``local`` to keys below ``prefix``, streamed; other keys there stay."""
+        if not local.is_dir():
+            raise StorageError(f"{local} is not a folder; nothing was uploaded to {self.url(prefix)}")
+        filesystem, root = self.child(prefix).arrow()
+        with _one_line(self.url(prefix)):
+            pyarrow.fs.copy_files(str(local.absolute()), root, _LOCAL, filesystem, chunk_size=_CHUNK_BYTES)
+
+    def download_folder(self, prefix: str, local: Path) -> None:
+        """Copy all keys below ``prefix`` into ``local``, which appears, or replaces a folder, whole or not at all."""
+        filesystem, root = self.child(prefix).arrow()
+        partial = partial_name(local.absolute())
+        try:
+            with _one_line(self.url(prefix), str(local)):
+                partial.mkdir(parents=True)
+                pyarrow.fs.copy_files(root, str(partial), filesystem, _LOCAL, chunk_size=_CHUNK_BYTES)
+                replace_folder(partial, local.absolute())
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class _FolderStore(Store):
+    """A local folder, or one that all machines mount; ``uri`` is its absolute path."""
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        return _LOCAL, self.uri
+
+    def _probe(self, key: str) -> None:
+        with _one_line(self.uri):
+            # One page, because a full disk may still take an empty file.
+            write_whole(Path(self.url(key)), b"\0" * 4096)
+            Path(self.url(key)).unlink()
+
+    def create_bucket(self) -> None:
+        with _one_line(self.uri):
+            Path(self.uri).mkdir(parents=True, exist_ok=True)
+
+    def exists(self, key: str) -> bool:
+        with _one_line(self.url(key)):
+            return Path(self.url(key)).is_file()
+
+    def read_bytes(self, key: str) -> bytes:
+        with _one_line(self.url(key)):
+            return Path(self.url(key)).read_bytes()
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        with _one_line(self.url(key)):
+            write_whole(Path(self.url(key)), data)
+
+    def list(self, prefix: str = "") -> Keys:
+        root = Path(self.uri)
+        with _one_line(self.url(prefix)):
+            files = (path for path in Path(self.url(prefix)).rglob("*") if path.is_file() and not is_partial(path))
+            return sorted(path.relative_to(root).as_posix() for path in files)
+
+    def _delete(self, prefix: str) -> None:
+        with _one_line(self.url(prefix)), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.url(prefix))
+
+
+class _BucketStore(Store):
+    """A prefix in an S3 bucket."""
+
+    def _at(self, key: str) -> dict[str, str]:
+        bucket, _, full_key = self.url(key).removeprefix("s3://").partition("/")
+        return {"Bucket": bucket, "Key": full_key}
+
+    @contextlib.contextmanager
+    def _s3(self, key: str = "", read_seconds: int = _READ_SECONDS) -> Iterator[Any]:
+        with _one_line(self.url(key)):
+            settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+            yield _s3_client(settings, read_seconds)
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        with self._s3() as s3:
+            # What boto3 resolved, so that both go to the same place. Amazon's own hosts are pyarrow's to choose.
+            scheme, endpoint = s3.meta.endpoint_url.rstrip("/").split("://")
+            amazon = endpoint.startswith("s3.") and ".amazonaws.com" in endpoint
+            filesystem = pyarrow.fs.S3FileSystem(
+                scheme=scheme,
+                endpoint_override=None if amazon else endpoint,
+                region=s3.meta.region_name,
+                allow_bucket_creation=False,
+                # Or copy_files, which Ray Train uses too, drops the errors of its uploads.
+                background_writes=False,
+                connect_timeout=_CONNECT_SECONDS,
+                request_timeout=_READ_SECONDS,
+                retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+                tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE") or None,
+            )
+        return filesystem, self.uri.removeprefix("s3://")
+
+    def _probe(self, key: str) -> None:
+        with self._s3(read_seconds=_PROBE_SECONDS) as s3:
+            # First, because some stores create a missing bucket on a put. A HEAD request would not say what is wrong.
+            next(self._raw_keys(s3, ""), None)
+            s3.put_object(**self._at(key), Body=b"pose")
+            s3.delete_object(**self._at(key))
+
+    def create_bucket(self) -> None:
+        with self._s3(read_seconds=_PROBE_SECONDS) as s3, contextlib.suppress(s3.exceptions.BucketAlreadyOwnedByYou):
+            s3.create_bucket(Bucket=self._at("")["Bucket"])
+
+    def exists(self, key: str) -> bool:
+        with self._s3(key) as s3:
+            try:
+                return bool(s3.head_object(**self._at(key)))
+            except ClientError as error:
+                if error.response["Error"]["Code"] != "404":
+                    raise
+                return False
+
+    def read_bytes(self, key: str) -> bytes:
+        with self._s3(key) as s3:
+            return bytes(s3.get_object(**self._at(key))["Body"].read())
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        with self._s3(key) as s3:
+            s3.put_object(**self._at(key), Body=data)
+
+    def _raw_keys(self, s3: Any, prefix: str) -> Iterator[str]:
+        bucket, below = self._at(prefix).values()
+        below = f"{below}/".removeprefix("/")
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=below):
+            yield from (item["Key"] for item in page.get("Contents", ()))
+
+    def list(self, prefix: str = "") -> Keys:
+        root = f"{self._at('')['Key']}/".removeprefix("/")
+        with self._s3(prefix) as s3:
+            # A key that ends in '/' is a marker by which some tools show an empty folder.
+            return sorted(key.removeprefix(root) for key in self._raw_keys(s3, prefix) if not key.endswith("/"))
+
+    def _delete(self, prefix: str) -> None:
+        bucket = self._at(prefix)["Bucket"]
+        with self._s3(prefix) as s3:
+            keys = [{"Key": key} for key in self._raw_keys(s3, prefix)]
+            for start in range(0, len(keys), 1000):
+                batch = {"Objects": keys[start : start + 1000], "Quiet": True}
+                if failed := s3.delete_objects(Bucket=bucket, Delete=batch).get("Errors"):
+                    raise ClientError({"Error": failed[0]}, "DeleteObjects")
+
+
+@lru_cache(maxsize=8)
+def _s3_client(settings: tuple[tuple[str, str], ...], read_seconds: int) -> Any:
+    """A client, kept for as long as the ``AWS_*`` variables are ``settings``: making one takes tenths of a second."""
+    session = boto3.session.Session()
+    config = Config(
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=read_seconds,
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        # Not every S3 store knows the newer checksums.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+    return session.client("s3", region_name=region, config=config)
+
+
+@contextlib.contextmanager
+def _one_line(url: str, local: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    # boto3 raises ValueError for an endpoint that is no URL.
+    except (BotoCoreError, ClientError, pyarrow.ArrowException, OSError, ValueError) as error:
+        raise explain(error, url, local) from error

@@ -1,0 +1,120 @@
+"""How the embedded domain's own weights are made: a video VAE and a flow-matching teacher, on one machine.
+
+Both trainings checkpoint into a folder and go on from there; for a given seed and number of threads they repeat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pose_core.method.flow import flow_matching
+from pose_core.models.small import AutoencoderKLWan, decode_unclamped
+from pose_core.models.video_model import Condition, VideoModel
+
+Progress = Callable[[int, float], None]
+"""Called after each step with the number of finished steps and the loss."""
+
+
+def fit(
+    module: nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    ema_decay: float,
+    seed: int,
+    checkpoint: Path,
+    progress: Progress,
+    checkpoint_every: int = 250,
+) -> None:
+    """Minimise ``loss`` with AdamW (warm-up, cosine decay) and leave the averaged weights in ``module``.
+
+    ``loss`` draws everything random from the generator it is given, which is part of the checkpoint.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    done = _restore(checkpoint, module, optimizer, schedule, average, generator)
+    module.train()
+    for step in range(done, steps):
+        value = loss(generator)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        _follow(average, module, min(ema_decay, (1 + step) / (10 + step)))
+        progress(step + 1, value.item())
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            _save(checkpoint, step + 1, module, optimizer, schedule, average, generator)
+    module.load_state_dict(average)
+    module.eval()
+
+
+def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, kl_weight: float = 1e-6) -> Tensor:
+    """Reconstruction (squared and absolute) and a light pull of the latents towards a standard Gaussian.
+
+    ``pixels [B, 3, F, H, W]`` in [-1, 1]. ``kl_weight`` is for the divergence summed over a clip's latents.
+    """
+    posterior = vae.encode(pixels).latent_dist
+    difference = decode_unclamped(vae, posterior.sample()) - pixels
+    return difference.square().mean() + 0.1 * difference.abs().mean() + kl_weight * posterior.kl().mean()
+
+
+def teacher_loss(
+    model: VideoModel, x_0: Tensor, condition: Condition, null_text: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Flow matching at uniform times; every tenth prompt is replaced by the empty one for guidance."""
+    dropped = torch.rand(len(x_0), generator=generator) < 0.1
+    text = torch.where(dropped[:, None, None], null_text, condition.text)
+    condition = condition.with_text(text)
+    eps = torch.randn(x_0.shape, generator=generator)
+    t = torch.rand(len(x_0), generator=generator)
+    return flow_matching(lambda x_t, time: model.velocity(x_t, time, condition), x_0, eps, t)
+
+
+def _warmup_cosine(step: int, steps: int) -> float:
+    warmup = max(1, min(100, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def _follow(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    for name, value in module.state_dict().items():
+        average[name].lerp_(value, 1 - decay)
+
+
+def _save(path: Path, step: int, module, optimizer, schedule, average, generator) -> None:
+    state = {
+        "step": step,
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "average": average,
+        "generator": generator.get_state(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _restore(path: Path, module, optimizer, schedule, average, generator) -> int:
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    generator.set_state(state["generator"])
+    for name, value in state["average"].items():
+        average[name].copy_(value)
+    return state["step"]

@@ -1,0 +1,181 @@
+"""Shards: what is written comes back, the same inputs give the same bytes, and foreign shards are refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pose_core.data import shards
+from pose_core.data.clips import ClipRules, decode
+from pose_core.data.moving_digits import DIRECTIONS, DigitClip, render
+from pose_core.errors import DataError
+
+RULES = ClipRules(frames=5, height=32, width=32, frames_per_second=8.0)
+
+
+def members(tar: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+
+
+def training_rows(count: int = 4) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "key": [f"clip-{index}" for index in range(count)],
+        "prompt": np.array(["ein Läufer", "走る人", "", "a runner"][:count], dtype=object),
+        "latents": rng.normal(size=(count, 8, 5, 4, 4)).astype(np.float32),
+        "text": rng.normal(size=(count, 16, 8)).astype(np.float16),
+        "image": rng.normal(size=(count, 17, 12)).astype(np.float32),
+        "first_frame": rng.normal(size=(count, 10, 5, 4, 4)).astype(np.float32),
+        "video": rng.integers(0, 256, (count, 9, 32, 32, 3), dtype=np.uint8),
+    }
+
+
+def through_parquet(rows: dict[str, Any]) -> dict[str, Any]:
+    return shards.from_table(shards.read_parquet_bytes(shards.parquet_bytes(shards.to_table(rows))))
+
+
+def test_tar_holds_the_samples_in_order_and_without_the_writer_s_time_or_name(tmp_path: Path) -> None:
+    samples = [("b/one", {"mp4": b"film", "json": b"{}"}), ("a", {"mp4": b""})]
+    shards.write_tar(tmp_path / "0.tar", samples)
+    buffer = io.BytesIO()
+    shards.write_tar(buffer, iter(samples))
+    assert (tmp_path / "0.tar").read_bytes() == buffer.getvalue()
+    assert list(members(buffer.getvalue()).items()) == [("b/one.mp4", b"film"), ("b/one.json", b"{}"), ("a.mp4", b"")]
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        assert {(member.mtime, member.uid, member.gid, member.uname) for member in archive} == {(0, 0, 0, "")}
+
+
+@pytest.mark.parametrize("keys", [["v1.5"], ["a", "a"], [""]])
+def test_tar_refuses_keys_that_readers_would_mix_up(keys: list[str]) -> None:
+    with pytest.raises(DataError, match="rename it"):
+        shards.write_tar(io.BytesIO(), [(key, {"mp4": b"x"}) for key in keys])
+
+
+@pytest.mark.parametrize("heldout", [False, True])
+def test_digits_tar_gives_the_same_bytes_twice(heldout: bool) -> None:
+    assert shards.digits_tar(3, 1, 24, heldout, RULES) == shards.digits_tar(3, 1, 24, heldout, RULES)
+
+
+def test_digits_tars_differ_by_seed_index_and_split() -> None:
+    calls = [(0, 0, False), (1, 0, False), (0, 1, False), (0, 0, True)]
+    tars = [shards.digits_tar(seed, index, 2, heldout, RULES) for seed, index, heldout in calls]
+    captions = [tuple(content for name, content in members(tar).items() if name.endswith("json")) for tar in tars]
+    assert len(set(captions)) == 4
+
+
+def test_digits_tar_shows_what_its_captions_say() -> None:
+    files = members(shards.digits_tar(0, 2, 6, True, RULES))
+    keys = sorted({name.split(".")[0] for name in files})
+    assert keys == [f"heldout-00002-{number:04d}" for number in range(6)]
+    for key in keys:
+        caption = json.loads(files[f"{key}.json"])
+        prompt, split = caption.pop("prompt"), caption.pop("split")
+        clip = DigitClip(**caption)
+        assert (prompt, split) == (clip.prompt, "heldout") and clip.direction in DIRECTIONS
+        frames, times = decode(files[f"{key}.mp4"])
+        assert times == pytest.approx(np.arange(5) / 8)
+        assert np.abs(frames.astype(int) - render(clip, 5, 32, 32)).mean() < 1
+
+
+def test_training_and_heldout_tars_share_no_handwriting() -> None:
+    def handwriting(heldout: bool) -> set[int]:
+        files = members(shards.digits_tar(0, 0, 100, heldout, ClipRules(1, 32, 32, 8.0)))
+        return {json.loads(content)["sample"] for name, content in files.items() if name.endswith("json")}
+
+    assert not handwriting(False) & handwriting(True)
+
+
+def test_canvas_without_room_is_refused_by_the_name_of_its_setting() -> None:
+    with pytest.raises(DataError, match=r"data\.width = 32 x 16 .* at least 17") as caught:
+        shards.digits_tar(0, 0, 1, False, ClipRules(5, 32, 16, 8.0))
+    assert caught.value.exit_code == 2
+
+
+def test_training_shard_comes_back_as_it_was_written() -> None:
+    rows = training_rows()
+    back = through_parquet(rows)
+    assert list(back) == list(rows)
+    assert back["key"] == rows["key"] and back["prompt"] == list(rows["prompt"])
+    for name in ("latents", "text", "image", "first_frame", "video"):
+        assert back[name].dtype == rows[name].dtype
+        assert np.array_equal(back[name], rows[name])
+
+
+def test_text_to_video_shards_have_no_image_columns() -> None:
+    rows = training_rows()
+    kept = {name: rows[name] for name in ("key", "prompt", "latents", "text")}
+    assert list(through_parquet(kept)) == ["key", "prompt", "latents", "text"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_shards_of_no_and_one_row(count: int) -> None:
+    back = through_parquet(training_rows(count))
+    assert back["latents"].shape == (count, 8, 5, 4, 4) and len(back["key"]) == count
+
+
+def test_memory_order_of_the_array_does_not_matter() -> None:
+    flipped = np.arange(24, dtype=np.float32).reshape(4, 3, 2).transpose(2, 1, 0)
+    table = shards.to_table({"any": flipped})
+    assert table["any"].type == pa.fixed_shape_tensor(pa.float32(), (3, 4))
+    assert np.array_equal(shards.from_table(table)["any"], flipped)
+
+
+def test_shards_in_several_row_groups_and_chunks_come_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 100_000)
+    rows = training_rows()
+    content = shards.parquet_bytes(shards.to_table(rows))
+    assert pq.ParquetFile(io.BytesIO(content)).num_row_groups > 1
+    table = shards.read_parquet_bytes(content)
+    assert np.array_equal(shards.from_table(table)["video"], rows["video"])
+    twice = pa.concat_tables([table, table])
+    assert np.array_equal(shards.from_table(twice)["text"], np.concatenate([rows["text"], rows["text"]]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ({"latents": np.zeros((2, 8, 4, 4), np.float32)}, r"'latents' .* needs cells \[C T h w\]"),
+        ({"key": np.zeros((2, 3))}, "'key' .* needs cells"),
+        ({"any": [1, 2]}, "text or tensors"),
+        ({"any": ["a", None]}, "text or tensors"),
+        ({"any": [[1.0], [2.0, 3.0]]}, "text or tensors"),
+        ({"any": np.zeros((2, 2), dtype=complex)}, "must hold numbers"),
+        ({"key": ["a"], "prompt": ["a", "b"]}, "equally many rows"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(rows: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        shards.to_table(rows)
+
+
+def test_shards_of_another_version_or_none_are_refused() -> None:
+    table = shards.to_table(training_rows())
+    newer = shards.parquet_bytes(table.replace_schema_metadata({shards.VERSION_KEY: b"99"}))
+    with pytest.raises(DataError, match="version 99, this program reads 1: run prepare_data again"):
+        shards.read_parquet_bytes(newer)
+    with pytest.raises(DataError, match="version none"):
+        shards.read_parquet_bytes(shards.parquet_bytes(table.replace_schema_metadata(None)))
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"no parquet at all"])
+def test_unreadable_shards_are_refused(damage: bytes) -> None:
+    whole = shards.parquet_bytes(shards.to_table(training_rows()))
+    for content in (damage, whole[:-100]):
+        with pytest.raises(DataError, match="not readable Parquet"):
+            shards.read_parquet_bytes(content)
+
+
+def test_quarantine_line_names_clip_shard_and_reason_only() -> None:
+    row = {"key": "a\nb", "shard": "s3://bucket/0.tar", "reason": "decode: no bytes", "video": np.zeros(3)}
+    line = shards.quarantine_line(row)
+    assert "\n" not in line
+    assert json.loads(line) == {"key": "a\nb", "shard": "s3://bucket/0.tar", "reason": "decode: no bytes"}
