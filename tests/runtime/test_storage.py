@@ -32,7 +32,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(local_files.os, "fsync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
 
 
 @pytest.fixture
