@@ -164,7 +164,8 @@ class EquilibriumSettings(RenoisedSection):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     feature_blocks: tuple[NonNegativeInt, ...] = (1, 3)
     """Backbone blocks whose output the heads judge."""
-    head_width: PositiveInt = 64
+    head_width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
+    """Channels of a head; its attention has four heads."""
     semantic_queries: PositiveInt = 4
     guidance: Annotated[float, Field(ge=0)] = 2.0
     """Classifier-free guidance scale of the frozen teacher in conditional SDS."""

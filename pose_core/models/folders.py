@@ -11,6 +11,8 @@ from pose_core.errors import CheckpointError
 
 SHIPPED = Path(__file__).parents[2] / "pipelines" / "configs"
 """Folders shipped with the project are named relative to the configs that use them."""
+PUBLISHED = SHIPPED / "published"
+"""Configs, no weights, of published models under their hub names: what a plan needs of them without a network."""
 
 
 def find_folder(name: str) -> Path | None:
@@ -24,7 +26,7 @@ def find_folder(name: str) -> Path | None:
 def local_teacher(name: str, revision: str | None, *, weights: bool = True) -> Path:
     """A diffusers folder on this machine; a hub name is downloaded into the hub's cache first.
 
-    ``weights=False`` is content with the configs.
+    ``weights=False`` is content with the configs, and takes them from the project where it ships them.
 
     Raises:
         CheckpointError: neither a folder nor a hub name that can be had (correctable in the call).
@@ -32,6 +34,9 @@ def local_teacher(name: str, revision: str | None, *, weights: bool = True) -> P
     folder = find_folder(name)
     if folder is not None:
         return folder
+    published = PUBLISHED / name
+    if not weights and (published / "model_index.json").is_file():
+        return published
     patterns = None if weights else ["*.json", "*/*.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

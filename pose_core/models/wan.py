@@ -128,14 +128,17 @@ def read_config(folder: Path, part: str) -> dict:
     """The ``config.json`` of one part of a diffusers folder.
 
     Raises:
-        CheckpointError: when the folder lacks the part (correctable in the call).
+        CheckpointError: when the folder lacks the part or it is not JSON (correctable in the call).
     """
     path = folder / part / "config.json"
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no {part}/config.json: model.teacher must name a complete diffusers folder", in_call=True
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch the folder again", in_call=True) from None
 
 
 def count_image_tokens(folder: Path) -> int:
@@ -165,8 +168,18 @@ def load(folder: Path, *, image_tokens: int | None = None, meta: bool = False) -
         with torch.device("meta"):
             return Wan(WanTransformer3DModel.from_config(config), tokens)
     try:
-        module = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+        module, keys = WanTransformer3DModel.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}/transformer cannot be loaded: {reason}", in_call=True) from None
+    # The stock loader only warns: it makes up weights that are missing and drops those it has no place for.
+    for fault in ("missing", "unexpected"):
+        if names := keys[f"{fault}_keys"]:
+            raise CheckpointError(
+                f"{folder}/transformer has {len(names)} {fault} weights, e.g. {sorted(names)[0]}: "
+                "its weights and its config.json must belong together",
+                in_call=True,
+            )
     return Wan(module, tokens)

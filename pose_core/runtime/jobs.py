@@ -28,6 +28,7 @@ from pose_core.runtime.storage import Store
 
 _STOP_SECONDS = 30.0
 _LOST_SECONDS = 30.0
+_POLL_SECONDS = 1.0
 _UNREACHABLE = (RuntimeError, OSError, RayError, aiohttp.ClientError)
 # Begins the line with which a script says why it failed; see cli.run.
 _REASON_PREFIX = "error: "
@@ -81,26 +82,27 @@ class Chain:
             ClusterError: it failed, with its exit code, the reason it gave and the log to read; or the cluster is lost,
                 or another job works on this stage of this run.
         """
-        started = time.monotonic()
         if is_done(self._run, STAGES[stage], self._settings):
             return self._keep(Result(stage, 0.0, "skipped"))
-        log_file = None if self._log_folder is None else self._log_folder / f"{stage}.log"
-        command = self._code.command(STAGES[stage].script, "--config", self._config_url)
+        started = time.monotonic()
         try:
-            run_job(
-                self._client,
-                f"{self._settings.run.name}-{stage}",
-                command,
-                self._runtime_env(),
-                log_file=log_file,
-                on_line=self._on_line,
-            )
+            self._run_job(stage)
         except ClusterError as error:
             self._keep(Result(stage, time.monotonic() - started, "failed", error.exit_code))
             raise
+        return self._keep(Result(stage, time.monotonic() - started, "done"))
+
+    def _run_job(self, stage: str) -> None:
+        run_job(
+            self._client,
+            f"{self._settings.run.name}-{stage}",
+            self._code.command(STAGES[stage].script, "--config", self._config_url),
+            self._runtime_env(),
+            log_file=None if self._log_folder is None else self._log_folder / f"{stage}.log",
+            on_line=self._on_line,
+        )
         if not is_done(self._run, STAGES[stage], self._settings):
             raise ClusterError(f"{stage} ended well and left no manifest for these settings in {self._run.url(stage)}")
-        return self._keep(Result(stage, time.monotonic() - started, "done"))
 
     def _keep(self, result: Result) -> Result:
         self.results.append(result)
@@ -117,7 +119,7 @@ class _Log:
 
     def __init__(self, path: Path | None, on_line: Callable[[str], None]) -> None:
         self.path, self._on_line = path, on_line
-        self.reason, self._rest = "", ""
+        self.reason, self._rest, self._taken = "", "", 0
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -128,18 +130,24 @@ class _Log:
 
     def __exit__(self, *_: object) -> None:
         if self._rest:
-            self.write("\n")
+            self._line(self._rest)
         if self._file is not None:
             self._file.close()
 
-    def write(self, text: str) -> None:
-        *lines, self._rest = (self._rest + text).split("\n")
+    def write(self, text: str, at: int) -> None:
+        """Take ``text``, which begins ``at`` characters into the job's log, as far as it is new."""
+        fresh = text[max(0, self._taken - at) :]
+        self._taken = max(self._taken, at + len(text))
+        *lines, self._rest = (self._rest + fresh).split("\n")
         for line in lines:
-            if line.startswith(_REASON_PREFIX):
-                self.reason = line.removeprefix(_REASON_PREFIX)
-            if self._file is not None:
-                self._file.write(f"{line}\n")
-            self._on_line(line)
+            self._line(line)
+
+    def _line(self, line: str) -> None:
+        if line.startswith(_REASON_PREFIX):
+            self.reason = line.removeprefix(_REASON_PREFIX)
+        if self._file is not None:
+            self._file.write(f"{line}\n")
+        self._on_line(line)
 
 
 def run_job(
@@ -190,14 +198,24 @@ def _submit(client: JobSubmissionClient, name: str, command: str, runtime_env: M
 
 
 async def _follow(client: JobSubmissionClient, job: str, log: _Log) -> JobDetails:
-    """Pass the job's log on until it ends. A broken connection is made anew; the log then starts over."""
-    written, lost_since = 0, math.inf
+    """Pass the job's log on until it ends."""
+    tail = asyncio.create_task(_tail(client, job, log))
+    try:
+        details = await _end(client, job, tail)
+    finally:
+        tail.cancel()
+    try:
+        whole = client.get_job_logs(job)
+    except _UNREACHABLE:
+        return details
+    # Ray's tail would tell us of the end, and of the last lines, five seconds later.
+    log.write(whole, 0)
+    return details
+
+
+async def _end(client: JobSubmissionClient, job: str, tail: asyncio.Task[None]) -> JobDetails:
+    lost_since = math.inf
     while True:
-        position = 0
-        async for text in _chunks(client, job):
-            log.write(text[max(0, written - position) :])
-            position += len(text)
-            written = max(written, position)
         try:
             details = client.get_job_info(job)
             lost_since = math.inf
@@ -208,7 +226,20 @@ async def _follow(client: JobSubmissionClient, job: str, log: _Log) -> JobDetail
             if time.monotonic() - lost_since > _LOST_SECONDS:
                 address = client.get_address()
                 raise ClusterError(f"lost the Ray cluster at {address} while job {job} ran; run again") from error
-        await asyncio.sleep(1)
+        await asyncio.wait([tail], timeout=_POLL_SECONDS)
+        if tail.done():
+            # Only by an error of whoever takes the lines.
+            tail.result()
+
+
+async def _tail(client: JobSubmissionClient, job: str, log: _Log) -> None:
+    """Read the log for ever. A broken connection is made anew; the log then starts over."""
+    while True:
+        position = 0
+        async for text in _chunks(client, job):
+            log.write(text, position)
+            position += len(text)
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 async def _chunks(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:

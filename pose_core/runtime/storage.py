@@ -139,6 +139,9 @@ class Store(ABC):
             raise StorageError(f"{local} is not a folder; nothing was uploaded to {self.url(prefix)}")
         filesystem, root = self.child(prefix).arrow()
         with _one_line(self.url(prefix)):
+            if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+                # Made for nested files only by copy_files; an object store needs none.
+                filesystem.create_dir(root, recursive=True)
             pyarrow.fs.copy_files(str(local.absolute()), root, _LOCAL, filesystem, chunk_size=_CHUNK_BYTES)
 
     def download_folder(self, prefix: str, local: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,10 +48,11 @@ def build_networks(
     networks.teacher.module.requires_grad_(False)
     if settings.training.activation_checkpointing:
         networks.generator.module.enable_gradient_checkpointing()
-    if phase == "priming":
-        add_fake_score(networks.teacher.module, settings.priming.fake_lora_rank)
-    else:
-        networks.heads = _heads(settings, teacher, networks.generator, meta)
+    with _seeded(settings.run.seed):
+        if phase == "priming":
+            add_fake_score(networks.teacher.module, settings.priming.fake_lora_rank)
+        else:
+            networks.heads = _heads(settings, teacher, networks.generator, meta)
     if not meta:
         for model in (networks.generator, networks.average, networks.teacher):
             model.module.to(device)
@@ -66,6 +69,14 @@ def shard_networks(networks: Networks, settings: Settings) -> None:
         parallel.shard_heads(networks.heads)
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, new weights are the same on every rank and in every run: FSDP shards what each rank holds unseen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def _model(folder: Path, meta: bool, teacher: Path) -> Wan:
     return wan.load(folder, image_tokens=wan.count_image_tokens(teacher), meta=meta)
 
@@ -73,9 +84,7 @@ def _model(folder: Path, meta: bool, teacher: Path) -> Wan:
 def _heads(settings: Settings, teacher: Path, generator: Wan, meta: bool) -> DiscriminatorHeads:
     config = read_config(teacher, "transformer")
     equilibrium = settings.equilibrium
-    # The same seed on every rank: FSDP shards what each rank holds and never compares.
-    with torch.random.fork_rng(), torch.device("meta" if meta else "cpu"):
-        torch.manual_seed(settings.run.seed)
+    with torch.device("meta" if meta else "cpu"):
         return DiscriminatorHeads(
             blocks=len(equilibrium.feature_blocks),
             width=generator.width,

@@ -61,5 +61,7 @@ def train(
             values[f"{turn.name}/loss"] = losses.total.detach()
             values[f"{turn.name}/gradient_norm"] = norm.detach()
             values |= {f"{turn.name}/{name}": value.detach() for name, value in losses.parts.items()}
+        for model in (networks.average, networks.generator):
+            parallel.reshard(model.module)
         ema.follow(networks.average.module, networks.generator.module, ema_decay)
         after_step(step + 1, values)

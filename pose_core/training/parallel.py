@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pose_core.models.video_model import VideoModel
 
@@ -40,6 +40,16 @@ def shard_model(model: VideoModel, precision: Literal["float32", "bfloat16"]) ->
 def shard_heads(heads: nn.Module) -> None:
     """Shard the discriminator heads in place; they stay in float32."""
     fully_shard(heads)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what the root keeps gathered after a forward pass, so that ``parameters()`` are this rank's shards.
+
+    It cannot be freed right after the forward: where only block features enter the loss, the backward pass needs the
+    root's weights and nothing would gather them again.
+    """
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

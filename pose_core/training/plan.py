@@ -1,0 +1,154 @@
+"""What the networks of a run weigh and what each training worker will hold, from configs alone.
+
+Every network is built on the meta device by the code that builds it for training, so nothing here can drift from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pose_core.config import Settings
+from pose_core.errors import ConfigError
+from pose_core.models.lora import fake_score_parameters
+from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
+from pose_core.training.build import build_networks, phase_turns
+from pose_core.training.parallel import PRECISIONS
+from pose_core.training.state import Networks
+
+PHASES = ("priming", "equilibrium")
+FLOAT32_BYTES = 4
+MOMENTS = 2
+"""Numbers AdamW keeps for every parameter it trains."""
+GATHERED_BLOCKS = 2
+"""Blocks that FSDP holds whole at a time: the one at work and the next one, already on its way."""
+
+
+@dataclass(frozen=True)
+class WorkerBytes:
+    """What one training worker holds in a phase, in bytes; activations come on top."""
+
+    weights: int
+    """Its shard of generator, teacher, fake score and heads, float32."""
+    gradients: int
+    moments: int
+    average: int
+    """Its shard of the generator's running average, float32."""
+    gathered: int
+    """Whole weights of what is at work, in the precision of computation."""
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that can be known of a run's networks before weights are loaded."""
+
+    clip: ClipShapes
+    parameters: dict[str, int]
+    """Numbers of parameters by role, in the order of the pipeline."""
+    workers: dict[str, WorkerBytes]
+    """What one worker holds, by phase."""
+    loading: int
+    """Bytes of the networks that a worker has loaded whole, float32, when it starts to shard them."""
+
+
+def plan_run(settings: Settings, teacher: Path) -> Plan:
+    """Plan the run that ``settings`` ask for with the diffusers folder ``teacher``, of which only configs are read.
+
+    Raises:
+        ConfigError: a setting does not fit this teacher.
+        CheckpointError: (correctable in the call) the folder lacks a config, or clips of this size do not fit it.
+    """
+    nothing = torch.empty(0, device="meta")
+    with nothing.device:  # the LoRA too, which would otherwise be drawn on the CPU first
+        networks = {
+            phase: build_networks(phase, settings, teacher, teacher, nothing, device=nothing.device, meta=True)
+            for phase in PHASES
+        }
+    data = settings.data
+    clip = clip_shapes(teacher, frames=data.frames, height=data.height, width=data.width, text_tokens=data.text_tokens)
+    _check_fit(settings, clip, len(networks["priming"].generator.blocks))
+    return Plan(
+        clip,
+        _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
+        {phase: _worker(phase, settings, networks[phase], clip) for phase in PHASES},
+        max(FLOAT32_BYTES * sum(map(count, _modules(each))) for each in networks.values()),
+    )
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _check_fit(settings: Settings, clip: ClipShapes, blocks: int) -> None:
+    teacher, found = settings.model.teacher, "t2v" if clip.image is None else "i2v"
+    if settings.model.task != found:
+        raise ConfigError(f"model.task={settings.model.task} does not fit {teacher}: set model.task={found}")
+    chosen = settings.equilibrium.feature_blocks
+    if not chosen or max(chosen) >= blocks:
+        raise ConfigError(
+            f"equilibrium.feature_blocks={list(chosen)} does not fit {teacher}: name blocks from 0 to {blocks - 1}"
+        )
+
+
+def _roles(priming: Networks, heads: nn.Module | None) -> dict[str, int]:
+    fake = sum(parameter.numel() for parameter in fake_score_parameters(priming.teacher.module).values())
+    return {
+        "generator": count(priming.generator.module),
+        "running average": count(priming.average.module),
+        "teacher": count(priming.teacher.module) - fake,
+        "fake-score LoRA": fake,
+        "heads": count(heads) if heads is not None else 0,
+    }
+
+
+def _encoders(teacher: Path) -> dict[str, int]:
+    return {name.replace("_", " "): count(module) for name, module in build_encoders(teacher).items()}
+
+
+def _modules(networks: Networks) -> list[nn.Module]:
+    models = [networks.generator.module, networks.average.module, networks.teacher.module]
+    return models if networks.heads is None else [*models, networks.heads]
+
+
+def _worker(phase: str, settings: Settings, networks: Networks, clip: ClipShapes) -> WorkerBytes:
+    workers = settings.training.workers
+    groups = networks.groups()
+    trained = [parameter for turn in phase_turns(phase, settings) for parameter in groups[turn.updates].values()]
+    average = networks.average.module
+    others = [parameter for module in _modules(networks) if module is not average for parameter in module.parameters()]
+    gradients = FLOAT32_BYTES * _shard(trained, workers)
+    row = sum(map(math.prod, clip.trained_on))
+    return WorkerBytes(
+        weights=FLOAT32_BYTES * _shard(others, workers),
+        gradients=gradients,
+        moments=MOMENTS * gradients,
+        average=FLOAT32_BYTES * _shard(average.parameters(), workers),
+        gathered=_gathered(networks, PRECISIONS[settings.training.precision].itemsize),
+        batch=FLOAT32_BYTES * settings.training.batch_per_worker * row,
+    )
+
+
+def _shard(parameters: Iterable[nn.Parameter], workers: int) -> int:
+    """Numbers the first worker holds: FSDP gives it the first of equal slices of every parameter's first axis."""
+    return sum(math.ceil(p.shape[0] / workers) * (p.numel() // p.shape[0]) if p.ndim else 1 for p in parameters)
+
+
+def _gathered(networks: Networks, item_bytes: int) -> int:
+    """Bytes of the largest network's unblocked rest and of its blocks in flight, and of the heads, kept in float32."""
+    sizes = []
+    for model in (networks.generator, networks.average, networks.teacher):
+        blocks = [count(block) for block in model.blocks]
+        sizes.append(count(model.module) - sum(blocks) + min(GATHERED_BLOCKS, len(blocks)) * max(blocks))
+    heads = 0 if networks.heads is None else count(networks.heads)
+    return item_bytes * max(sizes) + FLOAT32_BYTES * heads

@@ -1,0 +1,201 @@
+"""``--dry-run``: what it prints for the presets and a small run, and how it refuses what cannot work."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from pose_core import config
+from pose_core.config import Settings
+from pose_core.data.shards import write_tar
+from pose_core.errors import PoseError
+from pose_core.models.folders import SHIPPED, local_teacher
+from pose_core.models.wan import read_config
+from pose_core.runtime import manifests
+from pose_core.runtime.dry_run import dry_run
+from pose_core.runtime.storage import Store
+
+PRESETS = {"wan21_t2v_1_3b": 8, "wan21_i2v_14b": 32}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cluster is named, no connection may be opened, and the working folder is empty."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a dry run of this config must not use the network")
+
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def teacher(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "teacher"))
+
+
+def preset(name: str) -> Settings:
+    return config.load((SHIPPED / f"{name}.yaml").read_text(), source=name)
+
+
+def small(teacher: Path, *overrides: str) -> Settings:
+    own = [f"model.teacher={teacher}", "equilibrium.feature_blocks=[0, 1]", "training.workers=1"]
+    return config.load("", [*own, *overrides])
+
+
+def printed(settings: Settings, capsys: pytest.CaptureFixture[str]) -> str:
+    dry_run(settings)
+    return capsys.readouterr().out
+
+
+def refused(settings: Settings, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a dry run that ends with exit code 2 and has printed nothing else."""
+    with pytest.raises(PoseError) as caught:
+        dry_run(settings)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_hold_the_papers_settings(name: str) -> None:
+    settings = preset(name)
+    priming, equilibrium, data = settings.priming, settings.equilibrium, settings.data
+    assert (priming.steps, priming.learning_rate, priming.input_time_min) == (500, 1e-6, 0.9)
+    assert (equilibrium.steps, equilibrium.learning_rate, equilibrium.ema_decay) == (1000, 2e-6, 0.995)
+    assert (equilibrium.r1_sigma_space, equilibrium.r1_sigma_time) == (0.01, 0.1)
+    assert equilibrium.conditional_sds_weight == 10
+    assert (data.height, data.width, data.frames, data.frames_per_second) == (480, 832, 81, 16)
+    assert {priming.guidance, equilibrium.guidance, settings.evaluation.guidance} == {5.0}
+    assert settings.model.timestep_shift == 3
+    assert settings.training.workers == PRESETS[name]
+    assert settings.tracking == config.TrackingSettings()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_judge_features_down_to_the_last_block(name: str) -> None:
+    settings = preset(name)
+    layers = read_config(local_teacher(settings.model.teacher, None, weights=False), "transformer")["num_layers"]
+    blocks = settings.equilibrium.feature_blocks
+    gaps = [later - earlier for earlier, later in zip(blocks, blocks[1:], strict=False)]
+    assert blocks[-1] == layers - 1
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_runs_of_the_presets_keep_apart() -> None:
+    settings = [config.Settings(), *map(preset, PRESETS)]
+    assert len({each.run.name for each in settings}) == len({each.export.registered_model for each in settings}) == 3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_needs_no_weights_no_gpus_and_no_network(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(preset(name), capsys)
+    assert "3 x 81 x 480 x 832" in text and "16 x 21 x 60 x 104" in text and "32,760" in text
+    assert re.search(r"storage +warning +s3://YOUR-BUCKET/pose is a placeholder", text)
+    assert re.search(r"raw data +warning +s3://YOUR-BUCKET/raw is a placeholder", text)
+    assert "no cluster named" in text and f"each of {PRESETS[name]} workers holds" in text
+    assert "activations not included" in text
+    lines = text.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 100
+
+
+def test_the_14b_preset_prints_published_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(preset("wan21_i2v_14b"), capsys)
+    assert re.search(r"generator +16,394,878,784 +61\.08 GiB", text)
+    assert re.search(r"text encoder +5,680,910,336 +21\.16 GiB", text)
+    assert re.search(r"total, activations not included +13\.\d\d GiB +13\.\d\d GiB", text)
+
+
+def test_a_small_run_checks_what_this_machine_has(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(small(teacher, "evaluation.judge="), capsys)
+    for thing in ("teacher", "judge", "storage", "raw data", "cluster", "memory"):
+        assert re.search(rf"^{thing} +ok ", text, re.MULTILINE), thing
+    assert "this machine has" in text and "SeaweedFS is installed" in text
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_stages_are_listed_in_order_with_what_is_done(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small(teacher, f"storage.uri={tmp_path}/store")
+    run = Store.open(settings.storage.uri).child(manifests.run_prefix(settings))
+    stage = manifests.STAGES["prepare_data"]
+    manifests.write_manifest(run, stage, settings, metrics={}, mlflow_run_id="", seconds=1.0)
+    text = printed(settings, capsys)
+    found = re.findall(rf"^({'|'.join(manifests.STAGES)}) .* (done|to do)$", re.sub(" +$", "", text, flags=re.M), re.M)
+    assert found == [(name, "done" if name == stage.name else "to do") for name in manifests.STAGES]
+    other = settings.model_copy(update={"run": settings.run.model_copy(update={"seed": 1})})
+    assert " done" not in printed(other, capsys)
+
+
+def test_what_an_embedded_store_holds_is_not_known(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(".pose/object_store/data").mkdir(parents=True)
+    assert printed(small(teacher), capsys).count("not known") == len(manifests.STAGES)
+
+
+def test_a_missing_part_of_the_teacher_is_named(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next((teacher / "vae").glob("*.safetensors")).unlink()
+    assert f"{teacher} has no vae/*.safetensors" in refused(small(teacher), capsys)
+
+
+def test_more_workers_than_this_machine_can_hold_are_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "training.workers=5000" in refused(small(teacher, "training.workers=5000"), capsys)
+
+
+def test_a_store_without_credentials_is_refused(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    message = refused(small(teacher, "storage.uri=s3://videos/pose"), capsys)
+    assert "no credentials for s3://videos/pose" in message
+
+
+def test_a_store_below_a_file_is_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file/store" in refused(small(teacher, f"storage.uri={tmp_path}/file/store"), capsys)
+
+
+def test_raw_data_are_counted_or_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    settings = small(teacher, f"data.raw_uri={raw}")
+    assert f"data.raw_uri={raw} holds no .tar shard" in refused(settings, capsys)
+    write_tar(raw / "clips.tar", [("clip", {"json": b"{}"})])
+    assert re.search(rf"raw data +ok +{re.escape(str(raw))}\s+holds 1 tars", printed(settings, capsys))
+
+
+def test_a_judge_that_is_no_folder_is_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "evaluation.judge=nobody" in refused(small(teacher, "evaluation.judge=nobody"), capsys)
+
+
+def test_a_cluster_that_takes_no_jobs_is_refused(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://host:10001")
+    assert "RAY_ADDRESS=ray://host:10001 takes no jobs" in refused(small(teacher), capsys)
+
+
+def test_the_command_ends_with_exit_code_2_and_one_line(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (teacher / "transformer" / "config.json").unlink()
+    script = str(SHIPPED.parent / "full_distill.py")
+    monkeypatch.setattr(sys, "argv", [script, "--dry-run", f"model.teacher={teacher}"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(script, run_name="__main__")
+    output = capsys.readouterr()
+    assert (caught.value.code, output.out) == (2, "")
+    assert output.err.count("\n") == 1 and "has no transformer/config.json" in output.err

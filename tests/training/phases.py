@@ -1,0 +1,108 @@
+"""Runs tiny phases, in the test's process or on ranks spawned by it; shared by the tests of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from pose_core import config
+from pose_core.config import Settings
+from pose_core.models.video_model import Condition
+from pose_core.training import build, loop, parallel
+from pose_core.training.state import Batch, Networks
+from pose_core.training.turns import Turn
+
+GLOBAL_CLIPS = 4
+PHASES = ["priming", "equilibrium"]
+TINY = [
+    "priming.fake_lora_rank=2",
+    # The LoRA's first matrix has no gradient until its second has moved.
+    "priming.fake_updates=2",
+    "equilibrium.feature_blocks=[0, 1]",
+    "equilibrium.head_width=16",
+    "equilibrium.semantic_queries=2",
+]
+
+
+@dataclass
+class Phase:
+    """One phase with its networks, and what its steps reported, averaged over the ranks."""
+
+    settings: Settings
+    networks: Networks
+    turns: list[Turn]
+    optimizers: dict[str, torch.optim.Optimizer]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def train(self, first_step: int, steps: int, *, seed: int = 0, turns: Sequence[Turn] | None = None) -> None:
+        """Run steps ``first_step`` to ``steps`` with all turns of the phase or only those given."""
+        loop.train(
+            self.networks,
+            self.optimizers,
+            self.turns if turns is None else turns,
+            batches(first_step),
+            first_step=first_step,
+            steps=steps,
+            seed=seed,
+            gradient_clip=1.0,
+            ema_decay=0.75,
+            after_step=lambda _, values: self.history.append(parallel.mean_over_ranks(values)),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of every weight and of the optimisers' states by name; this rank's shards where they are sharded."""
+        found: dict[str, Tensor] = {}
+        for role, module in modules(self.networks).items():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root of a network may still be gathered from its last forward pass
+            found |= {f"{role}/{name}": value for name, value in module.named_parameters()}
+        for group, optimizer in self.optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                found |= {f"{group}.adamw/{index}.{name}": value for name, value in state.items()}
+        return {name: local(value).detach().clone() for name, value in found.items()}
+
+
+def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False) -> Phase:
+    """A new phase whose generator starts from the teacher in ``folder``; overrides as a person would type them."""
+    settings = config.load("", [*TINY, *overrides])
+    null_text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(99))
+    networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"))
+    if sharded:
+        build.shard_networks(networks, settings)
+    turns = build.phase_turns(name, settings)
+    return Phase(settings, networks, turns, loop.build_optimizers(networks, turns, weight_decay=0.0))
+
+
+def batches(first_step: int) -> Iterator[Batch]:
+    """This rank's rows of an endless row of global batches, each the same whatever came before it."""
+    step = first_step
+    while True:
+        generator = torch.Generator().manual_seed(1000 + step)
+        shapes = (8, 3, 4, 4), (6, 32), (5, 32), (10, 3, 4, 4)
+        x_0, text, *image = (torch.randn(GLOBAL_CLIPS, *shape, generator=generator) for shape in shapes)
+        text[:, 4:] = 0
+        mine = GLOBAL_CLIPS // parallel.ranks()
+        rows = slice(parallel.rank() * mine, (parallel.rank() + 1) * mine)
+        yield Batch(x_0[rows], Condition(text, *image).rows(rows))
+        step += 1
+
+
+def modules(networks: Networks) -> dict[str, torch.nn.Module]:
+    """Every network by its role."""
+    found = {role: getattr(networks, role).module for role in ("generator", "average", "teacher")}
+    return found if networks.heads is None else found | {"heads": networks.heads}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names under which two sets of tensors are not the same, bit by bit."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]

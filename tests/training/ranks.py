@@ -1,0 +1,83 @@
+"""What each of two ranks does for ``test_parallel.py``: both phases, a checkpoint, a resumed copy, bfloat16."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from phases import PHASES, Phase, build_phase, differing, local
+from torch import Tensor
+
+from pose_core.training import checkpoint, parallel
+
+RANKS = 2
+SAVED_STEP, LAST_STEP = 2, 3
+LIMIT_SECONDS = 240
+
+
+def run_ranks(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Spawn the ranks over gloo on loopback, wait for all of them and return what each found, by rank."""
+    context = mp.spawn(_rank, (folder, out), nprocs=RANKS, join=False)
+    assert context is not None
+    give_up = time.monotonic() + LIMIT_SECONDS
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < give_up, f"the ranks did not end in {LIMIT_SECONDS} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def _rank(rank: int, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        found = {name: {**_float32(name, folder, out), **_bfloat16(name, folder)} for name in PHASES}
+        torch.save(found, out / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:
+    phase = build_phase(name, folder, sharded=True)
+    phase.train(0, SAVED_STEP)
+    checkpoint.save(out / name, SAVED_STEP, phase.networks, phase.optimizers)
+    phase.train(SAVED_STEP, LAST_STEP)
+    resumed = build_phase(name, folder, sharded=True)
+    step = checkpoint.load(out / name, resumed.networks, resumed.optimizers)
+    resumed.train(step, LAST_STEP)
+    return {
+        "history": phase.history,
+        "step": step,
+        "resumed_history": resumed.history,
+        "resumed_differs": differing(phase.tensors(), resumed.tensors()),
+        "generator": parallel.gather_weights(phase.networks.generator.module),
+        "average": parallel.gather_weights(phase.networks.average.module),
+        "held": sum(local(parameter).numel() for parameter in phase.networks.generator.module.parameters()),
+    }
+
+
+def _bfloat16(name: str, folder: Path) -> dict[str, Any]:
+    phase = build_phase(name, folder, "training.precision=bfloat16", sharded=True)
+    seen: dict[str, Tensor] = {}
+    module = phase.networks.generator.module
+    module.register_forward_pre_hook(lambda _module, _args, inputs: seen.update(inputs), with_kwargs=True)
+    phase.train(0, 1)
+    return {
+        "bfloat16_history": phase.history,
+        "bfloat16_weights": sorted({str(value.dtype) for value in _weights(phase)}),
+        "bfloat16_inputs": {name: str(seen[name].dtype) for name in ("hidden_states", "timestep")},
+    }
+
+
+def _weights(phase: Phase) -> list[Tensor]:
+    return [value for name, value in phase.tensors().items() if not name.endswith(".step")]
