@@ -98,8 +98,7 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(x_0), (arguments.batch,), generator=generator)
-        clips = Condition(condition.text[rows], condition.image[rows], condition.first_frame[rows])
-        return pretraining.teacher_loss(model, x_0[rows], clips, null_text, generator)
+        return pretraining.teacher_loss(model, x_0[rows], condition.rows(rows), null_text, generator)
 
     pretraining.fit(
         pipeline.transformer,

@@ -223,7 +223,9 @@ def load(text: str, overrides: Iterable[str] = (), *, source: str = "the config"
         key, equals, value = override.partition("=")
         section, dot, name = key.partition(".")
         if not equals or not dot or not name:
-            raise ConfigError(f"cannot read {override!r}: settings are typed as section.key=value, e.g. priming.steps=200")
+            raise ConfigError(
+                f"cannot read {override!r}: settings are typed as section.key=value, e.g. priming.steps=200"
+            )
         group = tree.setdefault(section, {})
         if isinstance(group, dict):
             group[name] = _parse_value(value)

@@ -55,7 +55,7 @@ class DigitClip:
 
 @functools.lru_cache(maxsize=1)
 def _handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """Bilinearly enlarged digits ``[1797, DIGIT_PIXELS, DIGIT_PIXELS]`` in [0, 1], and their labels."""
+    """Smoothly enlarged digits ``[1797, DIGIT_PIXELS, DIGIT_PIXELS]`` in [0, 1], and their labels."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -112,7 +112,7 @@ def positions(clip: DigitClip, frames: int, height: int, width: int) -> np.ndarr
 
 
 def render(clip: DigitClip, frames: int = 9, height: int = 32, width: int = 32) -> np.ndarray:
-    """Draw a clip: ``[frames, height, width, 3]``, uint8, white handwriting on black, placed to a fraction of a pixel."""
+    """Draw a clip ``[frames, height, width, 3]``, uint8: white ink on black, placed to a fraction of a pixel."""
     ink = _handwriting()[0][clip.sample]
     canvas = np.zeros((frames, height + 1, width + 1), dtype=np.float32)
     for frame, (x, y) in enumerate(positions(clip, frames, height, width)):

@@ -60,9 +60,7 @@ def spatio_temporal_r1(real: Logits, moved_in_space: Logits, moved_in_time: Logi
     return 2 * _mean([(a - b).square().mean() for a, b in pairs])
 
 
-def discriminator_logits(
-    judge: Judge, samples: Sequence[Tensor], eps: Tensor, t: Tensor
-) -> list[Logits]:
+def discriminator_logits(judge: Judge, samples: Sequence[Tensor], eps: Tensor, t: Tensor) -> list[Logits]:
     """Logits of several batches ``[B, C, T, H, W]``, all noised by the same ``eps`` and ``t``, in one forward pass."""
     count = len(samples)
     noised = torch.cat([add_noise(sample.detach(), eps, t) for sample in samples])

@@ -95,7 +95,9 @@ class WanCodec:
     def _first_frame(self, first_frames: np.ndarray, frames: int) -> Tensor:
         """Mask and latents of the first frame followed by grey: ``[B, temporal factor + C, T, h, w]``."""
         first = self._pixels(first_frames[:, None])
-        latents = self._encode(torch.cat([first, first.new_zeros(*first.shape[:2], frames - 1, *first.shape[3:])], dim=2))
+        latents = self._encode(
+            torch.cat([first, first.new_zeros(*first.shape[:2], frames - 1, *first.shape[3:])], dim=2)
+        )
         mask = latents.new_zeros(len(latents), self.vae.config.scale_factor_temporal, *latents.shape[2:])
         mask[:, :, 0] = 1
         return torch.cat([mask, latents], dim=1)

@@ -17,12 +17,10 @@ class DiscriminatorHeads(nn.Module):
         """``image_width=0`` means text to video: no semantic head."""
         super().__init__()
         self.token_heads = nn.ModuleList(_token_head(width, head_width) for _ in range(blocks))
-        self.semantic_head = (
-            SemanticHead(width, head_width, text_width, image_width, queries) if image_width else None
-        )
+        self.semantic_head = SemanticHead(width, head_width, text_width, image_width, queries) if image_width else None
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> list[Tensor]:
-        """``features``: one ``[B, tokens, width]`` a block. Logits: ``[B, tokens]`` a block, ``[B, queries]`` semantic."""
+        """``features``: ``[B, tokens, width]`` a block. Logits: ``[B, tokens]`` a block, ``[B, queries]`` semantic."""
         features = [feature.float() for feature in features]
         logits = [head(feature).squeeze(-1) for head, feature in zip(self.token_heads, features, strict=True)]
         if self.semantic_head is not None:
@@ -54,7 +52,9 @@ class SemanticHead(nn.Module):
         absent = torch.zeros(context.shape[:2], dtype=torch.bool, device=context.device)
         absent[:, -text.shape[1] :] = text.abs().amax(dim=-1) == 0
         context = self.norm_condition(context)
-        context = context + self.self_attention(context, context, context, key_padding_mask=absent, need_weights=False)[0]
+        context = (
+            context + self.self_attention(context, context, context, key_padding_mask=absent, need_weights=False)[0]
+        )
         queries = self.norm_queries(context[:, : queries.shape[1]])
         video = torch.cat([self.features(feature) for feature in features], dim=1)
         return self.logit(queries + self.cross_attention(queries, video, video, need_weights=False)[0]).squeeze(-1)

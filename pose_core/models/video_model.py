@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +25,26 @@ class Condition:
     first_frame: Tensor | None = None
 
     def with_text(self, text: Tensor) -> Condition:
-        """The same images with other prompts; ``text [1, L, D_text]`` is repeated for the batch."""
+        """The same images with other prompts; ``text [1 or B, L, D_text]`` is repeated for the batch."""
         return Condition(text.expand(self.text.shape[0], -1, -1), self.image, self.first_frame)
 
     def repeat(self, times: int) -> Condition:
         """The batch ``times`` times over, for one forward of several inputs: ``[times * B, ...]``."""
-        return Condition(*(None if part is None else torch.cat([part] * times) for part in self._parts()))
+        return self._each(lambda part: torch.cat([part] * times))
 
-    def rows(self, rows: slice) -> Condition:
+    def rows(self, rows: slice | Tensor) -> Condition:
         """Some clips of the batch."""
-        return Condition(*(None if part is None else part[rows] for part in self._parts()))
+        return self._each(lambda part: part[rows])
 
-    def to(self, *args, **kwargs) -> Condition:
-        """Every tensor moved as ``Tensor.to`` does."""
-        return Condition(*(None if part is None else part.to(*args, **kwargs) for part in self._parts()))
-
-    def _parts(self) -> list[Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        image, first_frame = (None if part is None else change(part) for part in (self.image, self.first_frame))
+        return Condition(change(self.text), image, first_frame)
 
 
 class VideoModel(Protocol):
     """A rectified-flow video transformer seen through the project's notation (time 0 = data, 1 = noise)."""
 
-    module: nn.Module
+    module: Any
     """The stock network; parallelism, checkpoints and exports act on it."""
     compute_dtype: torch.dtype
     """Precision its inputs are cast to; ``training/parallel.py`` sets it."""

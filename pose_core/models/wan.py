@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +93,13 @@ class PaddedTextAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """``hidden_states [B, tokens, D]``, ``encoder_hidden_states [B, image_tokens + L, D]`` to ``[B, tokens, D]``."""
+        """``hidden_states [B, tokens, D]`` and ``encoder_hidden_states [B, image_tokens + L, D]``; like the former."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)

@@ -24,6 +24,8 @@ from pose_core.runtime.storage import Store
 from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan, plan_run
 
 COLUMNS = 100
+ROOMY_BYTES = 2**30
+"""Free disk below which an embedded store is likely to fill it."""
 WRITES = {
     "prepare_data": "train/, heldout/",
     "stability_priming": "generator/, checkpoints/",
@@ -92,8 +94,9 @@ def _storage(settings: Settings) -> Check:
         Store.open(uri).check()
         return Check("storage", OK, f"{uri} can be written")
     find_weed()
-    free = _size(shutil.disk_usage(Path.cwd()).free)
-    return Check("storage", OK, f"SeaweedFS is installed; {free} are free below {Path(STATE_FOLDER).resolve()}")
+    free = shutil.disk_usage(Path.cwd()).free
+    text = f"SeaweedFS is installed; {_size(free)} are free below {Path(STATE_FOLDER).resolve()}"
+    return Check("storage", OK if free >= ROOMY_BYTES else WARNING, text)
 
 
 def _raw_data(settings: Settings) -> Check:
@@ -129,7 +132,9 @@ def _cluster(settings: Settings) -> Check:
         available, place = cluster.Capacity(os.cpu_count() or 1, 0, autoscales=False), "this machine"
     cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker)
     grows = " and may grow" if available.autoscales else ""
-    return Check("cluster", OK, f"{place} has {available.cpus:g} CPUs and {available.gpus:g} GPUs{grows}; {asked} are needed")
+    return Check(
+        "cluster", OK, f"{place} has {available.cpus:g} CPUs and {available.gpus:g} GPUs{grows}; {asked} are needed"
+    )
 
 
 def _memory(settings: Settings, plan: Plan) -> Check:

@@ -38,7 +38,9 @@ def raw_shards(run: StageRun) -> RawShards:
     store = Store.open(data.raw_uri)
     tars = [key for key in store.list() if key.endswith(".tar")]
     if not tars:
-        raise DataError(f"data.raw_uri={data.raw_uri} holds no .tar shard: name a folder of WebDataset tars", in_call=True)
+        raise DataError(
+            f"data.raw_uri={data.raw_uri} holds no .tar shard: name a folder of WebDataset tars", in_call=True
+        )
     return RawShards(store, tars)
 
 
@@ -84,7 +86,8 @@ def prepare_shards(run: StageRun, raw: RawShards, teacher: Path) -> None:
     if not prepared.rows("train"):
         most = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "there was none"
         raise DataError(
-            f"no clip of {raw.store.uri} is left for training ({most}): relax the data.min_… settings or name other data; "
+            f"no clip of {raw.store.uri} is left for training ({most}): relax the data.min_… settings or name "
+            f"other data; "
             f"every clip's reason is in {run.artifact.url(QUARANTINE)}",
             in_call=True,
         )

@@ -30,6 +30,7 @@ from pose_core.runtime.tracking import Tracker
 from pose_core.training import build, checkpoint, loop, parallel
 from pose_core.training.state import Batch, Draws, Networks
 
+
 @dataclass(frozen=True)
 class PhaseJob:
     """Everything a rank needs to know; travels to every worker."""

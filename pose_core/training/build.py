@@ -13,6 +13,7 @@ from pose_core.config import Settings
 from pose_core.models import wan
 from pose_core.models.heads import DiscriminatorHeads
 from pose_core.models.lora import add_fake_score
+from pose_core.models.video_model import VideoModel
 from pose_core.models.wan import Wan, read_config
 from pose_core.training import parallel
 from pose_core.training.state import Networks
@@ -36,7 +37,7 @@ def build_networks(
 ) -> Networks:
     """Load every network of a phase and move it to ``device``; ``meta=True`` builds them without weights.
 
-    ``teacher`` is the teacher's diffusers folder, ``generator`` a folder whose ``transformer`` the generator starts from.
+    ``teacher`` is the teacher's diffusers folder, ``generator`` one whose ``transformer`` the generator starts from.
     """
     networks = Networks(
         generator=_model(generator, meta, teacher),
@@ -81,7 +82,7 @@ def _model(folder: Path, meta: bool, teacher: Path) -> Wan:
     return wan.load(folder, image_tokens=wan.count_image_tokens(teacher), meta=meta)
 
 
-def _heads(settings: Settings, teacher: Path, generator: Wan, meta: bool) -> DiscriminatorHeads:
+def _heads(settings: Settings, teacher: Path, generator: VideoModel, meta: bool) -> DiscriminatorHeads:
     config = read_config(teacher, "transformer")
     equilibrium = settings.equilibrium
     with torch.device("meta" if meta else "cpu"):

@@ -71,4 +71,5 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """The full weights on rank 0's CPU, an empty dict on the others; every rank must call it."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]

@@ -61,9 +61,7 @@ class Networks:
             with without_fake_score(self.teacher.module):
                 return self.teacher.velocity(x_t, t, condition)
 
-        return guided(
-            partial(teacher, condition), partial(teacher, condition.with_text(self.null_text)), guidance
-        )
+        return guided(partial(teacher, condition), partial(teacher, condition.with_text(self.null_text)), guidance)
 
 
 def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from pose_core.data.shards import write_tar
 from pose_core.errors import PoseError
 from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.models.wan import read_config
-from pose_core.runtime import manifests
+from pose_core.runtime import cluster, manifests
 from pose_core.runtime.dry_run import dry_run
 from pose_core.runtime.storage import Store
 
@@ -186,6 +187,20 @@ def test_a_cluster_that_takes_no_jobs_is_refused(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://host:10001")
     assert "RAY_ADDRESS=ray://host:10001 takes no jobs" in refused(small(teacher), capsys)
+
+
+@pytest.mark.parametrize("autoscales", [False, True])
+def test_a_named_cluster_must_hold_the_workers_or_grow(
+    autoscales: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = SimpleNamespace(get_address=lambda: "http://head:8265")
+    monkeypatch.setattr(cluster, "current_dashboard_url", lambda: "http://head:8265")
+    monkeypatch.setattr(cluster, "connect", lambda: client)
+    monkeypatch.setattr(cluster, "capacity", lambda _: cluster.Capacity(192, 8, autoscales))
+    if autoscales:
+        assert "8 GPUs and may grow; 32 workers" in " ".join(printed(preset("wan21_i2v_14b"), capsys).split())
+    else:
+        assert "training.workers=32" in refused(preset("wan21_i2v_14b"), capsys)
 
 
 def test_the_command_ends_with_exit_code_2_and_one_line(
