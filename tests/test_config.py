@@ -141,7 +141,8 @@ def test_a_bad_value_is_refused_with_its_key_the_value_and_what_is_allowed(typed
 
 
 def test_a_list_names_the_entry_that_is_wrong() -> None:
-    assert refusal("", "equilibrium.feature_blocks=[1, -2]").startswith("equilibrium.feature_blocks.1=-2 is not allowed")
+    line = refusal("", "equilibrium.feature_blocks=[1, -2]")
+    assert line.startswith("equilibrium.feature_blocks.1=-2 is not allowed")
 
 
 @pytest.mark.parametrize("section", ["priming", "equilibrium"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from pose_core.config import DataSettings
 from pose_core.data.clips import ClipRules, clips_of
@@ -83,8 +84,8 @@ class Encoder:
     """An actor of the encoding pool: holds the frozen encoders, turns clips into what training reads."""
 
     def __init__(self, teacher: Path, text_tokens: int, out: Store):
-        self.codec = WanCodec.load(teacher, text_tokens)
-        out.write_bytes(NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).numpy()})))
+        self.codec = WanCodec.load(teacher, text_tokens, "cuda" if torch.cuda.is_available() else "cpu")
+        out.write_bytes(NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).float().cpu().numpy()})))
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         video = np.stack(list(rows["video"]))

@@ -42,6 +42,7 @@ def train(
     after_step: AfterStep,
 ) -> None:
     """Run steps ``first_step`` to ``steps``; each takes one batch and every turn in order, then moves the average."""
+    _free_gathered(networks)
     groups = networks.groups()
     everything = [parameter for group in groups.values() for parameter in group.values()]
     for step in range(first_step, steps):
@@ -61,7 +62,12 @@ def train(
             values[f"{turn.name}/loss"] = losses.total.detach()
             values[f"{turn.name}/gradient_norm"] = norm.detach()
             values |= {f"{turn.name}/{name}": value.detach() for name, value in losses.parts.items()}
-        for model in (networks.average, networks.generator):
-            parallel.reshard(model.module)
+        _free_gathered(networks)
         ema.follow(networks.average.module, networks.generator.module, ema_decay)
         after_step(step + 1, values)
+
+
+def _free_gathered(networks: Networks) -> None:
+    """A forward pass without a backward (a sample, say) leaves a root gathered; what is trained are its shards."""
+    for model in (networks.generator, networks.average, networks.teacher):
+        parallel.reshard(model.module)

@@ -81,5 +81,7 @@ def test_a_prompt_of_padding_alone_gives_finite_logits(heads, features, conditio
 
 
 def test_features_in_bfloat16_are_judged_in_float32(heads, features, condition) -> None:
-    logits = heads([feature.bfloat16() for feature in features], condition.to(torch.bfloat16))
+    assert condition.image is not None
+    condition = Condition(condition.text.bfloat16(), condition.image.bfloat16())
+    logits = heads([feature.bfloat16() for feature in features], condition)
     assert {head.dtype for head in logits} == {torch.float32}

@@ -59,9 +59,7 @@ def condition(tokens: int, *, image: bool = True) -> Condition:
     text = torch.nn.functional.pad(text, (0, 0, 0, tokens - 9))
     if not image:
         return Condition(text)
-    return Condition(
-        text, torch.randn(2, 5, 32, generator=generator), torch.randn(2, 10, 3, 4, 4, generator=generator)
-    )
+    return Condition(text, torch.randn(2, 5, 32, generator=generator), torch.randn(2, 10, 3, 4, 4, generator=generator))
 
 
 @torch.no_grad()
@@ -212,7 +210,9 @@ def test_weights_of_another_size_are_refused(tiny_folder: Path, tmp_path: Path) 
     refused(folder, f"{folder}/transformer cannot be loaded")
 
 
-@pytest.mark.parametrize(("layers", "fault"), [(3, "missing weights, e.g. blocks.2."), (1, "unexpected weights, e.g. blocks.1.")])
+@pytest.mark.parametrize(
+    ("layers", "fault"), [(3, "missing weights, e.g. blocks.2."), (1, "unexpected weights, e.g. blocks.1.")]
+)
 def test_weights_of_another_depth_are_refused(tiny_folder: Path, tmp_path: Path, layers: int, fault: str) -> None:
     folder = copy(tiny_folder, tmp_path)
     change(folder / "transformer" / "config.json", num_layers=layers)

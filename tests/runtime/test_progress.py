@@ -29,14 +29,14 @@ class Recorder:
 def test_events_arrive_at_the_tailers_display_as_they_were_sent(capsys: pytest.CaptureFixture[str]) -> None:
     events, recorder = Events(), Recorder()
     events.update("stability_priming", 3, 150, loss=0.25, norm=1e-9)
-    events.note("2 clips were skipped: see [quarantine]\nand \"this\"")
+    events.note('2 clips were skipped: see [quarantine]\nand "this"')
     events.close()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert [replay(line, recorder) for line in lines] == [True, True]
     assert recorder.told == [
         ("stability_priming", 3, 150, {"loss": 0.25, "norm": 1e-9}),
-        ("2 clips were skipped: see [quarantine]\nand \"this\"",),
+        ('2 clips were skipped: see [quarantine]\nand "this"',),
     ]
 
 
@@ -79,8 +79,9 @@ def test_stages_count_their_tenths_apart_and_an_empty_one_is_no_error(capsys: py
 
 
 def test_notes_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal().note("[red] is not markup, 1e-4 is not coloured: s3://bucket/run " + 40 * "long ")
-    assert capsys.readouterr().out == "[red] is not markup, 1e-4 is not coloured: s3://bucket/run " + 40 * "long " + "\n"
+    text = "[red] is not markup, 1e-4 is not coloured: s3://bucket/run " + 40 * "long "
+    Terminal().note(text)
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_a_terminal_draws_a_bar_with_the_loss(

@@ -39,8 +39,22 @@ class Phase:
     optimizers: dict[str, torch.optim.Optimizer]
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def train(self, first_step: int, steps: int, *, seed: int = 0, turns: Sequence[Turn] | None = None) -> None:
-        """Run steps ``first_step`` to ``steps`` with all turns of the phase or only those given."""
+    def train(
+        self,
+        first_step: int,
+        steps: int,
+        *,
+        seed: int = 0,
+        turns: Sequence[Turn] | None = None,
+        sample: bool = False,
+    ) -> None:
+        """Run steps ``first_step`` to ``steps`` with all turns or those given; ``sample`` looks at a video after each."""
+
+        def after_step(_step: int, values: dict[str, Tensor]) -> None:
+            self.history.append(parallel.mean_over_ranks(values))
+            if sample:
+                self.sample()
+
         loop.train(
             self.networks,
             self.optimizers,
@@ -51,8 +65,15 @@ class Phase:
             seed=seed,
             gradient_clip=1.0,
             ema_decay=0.75,
-            after_step=lambda _, values: self.history.append(parallel.mean_over_ranks(values)),
+            after_step=after_step,
         )
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """One forward pass of generator and average, which on several ranks leaves their roots gathered."""
+        batch = next(batches(0))
+        for model in (self.networks.generator, self.networks.average):
+            model.velocity(batch.x_0, torch.ones(len(batch.x_0)), batch.condition)
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of every weight and of the optimisers' states by name; this rank's shards where they are sharded."""

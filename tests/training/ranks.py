@@ -49,9 +49,9 @@ def _rank(rank: int, folder: Path, out: Path) -> None:
 
 def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:
     phase = build_phase(name, folder, sharded=True)
-    phase.train(0, SAVED_STEP)
+    phase.train(0, SAVED_STEP, sample=True)
     checkpoint.save(out / name, SAVED_STEP, phase.networks, phase.optimizers)
-    phase.train(SAVED_STEP, LAST_STEP)
+    phase.train(SAVED_STEP, LAST_STEP, sample=True)
     resumed = build_phase(name, folder, sharded=True)
     step = checkpoint.load(out / name, resumed.networks, resumed.optimizers)
     resumed.train(step, LAST_STEP)

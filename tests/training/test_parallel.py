@@ -14,6 +14,8 @@ from torch import nn
 
 from pose_core.training import checkpoint, parallel
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:

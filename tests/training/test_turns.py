@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from phases import PHASES, Phase, batches, build_phase, differing
+from diffusers import WanTransformer3DModel
+from phases import PHASES, Phase, batches, build_phase, differing, modules
 from torch import Tensor
 
+from pose_core.models import small
+from pose_core.models.video_model import Condition
 from pose_core.training import turns as turns_module
-from pose_core.training.state import Draws
+from pose_core.training.state import Batch, Draws
 
 CASES = [
     ("priming", ["fake", "generator"]),
@@ -24,6 +27,10 @@ CASES = [
 
 def weights(phase: Phase) -> dict[str, Tensor]:
     return {name: value for name, value in phase.tensors().items() if ".adamw/" not in name}
+
+
+def draws_of(label: str, seed: int = 0) -> Draws:
+    return Draws(seed, 0, label, 0, 1, torch.device("cpu"))
 
 
 def named_by(phase: Phase, turns: list[turns_module.Turn]) -> set[str]:
@@ -73,6 +80,35 @@ def test_no_turn_leaves_a_gradient_behind(tiny_folder: Path, name: str) -> None:
     assert all(parameter.grad is None for group in groups for parameter in group.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "turn", "evaluations"),
+    [
+        ("priming", 0, {"generator": 1, "average": 0, "teacher": 1}),
+        # The fake score once, the guided real score twice; both are the teacher.
+        ("priming", 1, {"generator": 1, "average": 0, "teacher": 3}),
+        ("equilibrium", 0, {"generator": 1, "average": 1, "teacher": 0}),
+        ("equilibrium", 1, {"generator": 1, "average": 1, "teacher": 2}),
+    ],
+)
+def test_a_turn_evaluates_each_network_as_often_as_it_must(
+    tiny_folder: Path, name: str, turn: int, evaluations: dict[str, int]
+) -> None:
+    """And the judge's backbone is the averaged generator, not the one that learns."""
+    phase = build_phase(name, tiny_folder)
+    found = dict.fromkeys(evaluations, 0)
+
+    def count(role: str) -> None:
+        def hook(*_: object) -> None:
+            found[role] += 1
+
+        modules(phase.networks)[role].register_forward_hook(hook)
+
+    for role in evaluations:
+        count(role)
+    phase.turns[turn].loss(phase.networks, next(batches(0)), draws_of("any"))
+    assert found == evaluations
+
+
 @pytest.mark.parametrize(("name", "taken"), [case for case in CASES if len(case[1]) == 1])
 def test_a_turns_loss_depends_on_the_seed_and_nothing_else(tiny_folder: Path, name: str, taken: list[str]) -> None:
     phase = build_phase(name, tiny_folder)
@@ -80,27 +116,37 @@ def test_a_turns_loss_depends_on_the_seed_and_nothing_else(tiny_folder: Path, na
     batch = next(batches(0))
 
     def loss(seed: int) -> float:
-        draws = Draws(seed, 0, turn.name, 0, 1, torch.device("cpu"))
-        return turn.loss(phase.networks, batch, draws).total.item()
+        return turn.loss(phase.networks, batch, draws_of(turn.name, seed)).total.item()
 
-    # In equilibrium the heads' first logits are small, so the loss is near its start whatever the seed.
     assert loss(1) == loss(1) != loss(2)
 
 
-def test_text_to_video_has_no_conditional_sds_and_a_weight_of_zero_switches_it_off(tiny_folder: Path) -> None:
+def test_the_generators_loss_is_the_weighted_sum_of_its_parts_and_no_weight_costs_nothing(tiny_folder: Path) -> None:
     for weight, parts in ((10, {"adversarial", "conditional_sds"}), (0, {"adversarial"})):
         phase = build_phase("equilibrium", tiny_folder, f"equilibrium.conditional_sds_weight={weight}")
-        draws = Draws(0, 0, "generator", 0, 1, torch.device("cpu"))
-        losses = phase.turns[1].loss(phase.networks, next(batches(0)), draws)
+        losses = phase.turns[1].loss(phase.networks, next(batches(0)), draws_of("generator"))
         assert losses.parts.keys() == parts
-        expected = sum({"adversarial": 1, "conditional_sds": weight}[name] * value for name, value in losses.parts.items())
+        expected = losses.parts["adversarial"] + weight * losses.parts.get("conditional_sds", 0)
         torch.testing.assert_close(losses.total, expected)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_text_to_video_has_no_semantic_head_and_no_conditional_sds(tmp_path: Path, name: str) -> None:
+    config = small.build_transformer(heads=1, layers=2).config
+    text_only = {"in_channels": small.LATENT_CHANNELS, "image_dim": None, "added_kv_proj_dim": None}
+    WanTransformer3DModel.from_config(dict(config) | text_only).save_pretrained(tmp_path / "transformer")
+    phase, batch = build_phase(name, tmp_path), next(batches(0))
+    batch = Batch(batch.x_0, Condition(batch.condition.text))
+    losses = [turn.loss(phase.networks, batch, draws_of(turn.name)) for turn in phase.turns]
+    assert all(torch.isfinite(loss.total) for loss in losses)
+    if phase.networks.heads is not None:
+        assert phase.networks.heads.semantic_head is None
+        assert losses[1].parts.keys() == {"adversarial"}
 
 
 def test_the_discriminators_loss_is_the_hinge_plus_the_weighted_penalty(tiny_folder: Path) -> None:
     phase = build_phase("equilibrium", tiny_folder, "equilibrium.r1_weight=3")
-    draws = Draws(0, 0, "discriminator", 0, 1, torch.device("cpu"))
-    losses = phase.turns[0].loss(phase.networks, next(batches(0)), draws)
+    losses = phase.turns[0].loss(phase.networks, next(batches(0)), draws_of("discriminator"))
     torch.testing.assert_close(losses.total, losses.parts["hinge"] + 3 * losses.parts["r1"])
     assert losses.parts["hinge"] > 1
     assert losses.parts["r1"] > 0
