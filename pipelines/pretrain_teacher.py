@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="torch threads; results repeat for the same number")
     parser.add_argument("--clips", type=int, default=12288, help="training clips")
     parser.add_argument("--vae-steps", type=int, default=1200)
-    parser.add_argument("--teacher-steps", type=int, default=9000)
+    parser.add_argument("--teacher-steps", type=int, default=7500)
     parser.add_argument("--batch", type=int, default=32)
     return parser.parse_args()
 

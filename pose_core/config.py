@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pose_core.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -135,7 +135,9 @@ class RenoisedSection(Section):
     @model_validator(mode="after")
     def _ordered(self) -> RenoisedSection:
         if self.renoise_time_min >= self.renoise_time_max:
-            raise ValueError(f"must be below renoise_time_max={self.renoise_time_max}")
+            raise ValueError(
+                f"must be below renoise_time_max={self.renoise_time_max:g}, it is {self.renoise_time_min:g}"
+            )
         return self
 
 
@@ -162,7 +164,7 @@ class EquilibriumSettings(RenoisedSection):
     learning_rate: LearningRate = 1e-4
     heads_learning_rate: LearningRate = 1e-3
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    feature_blocks: tuple[NonNegativeInt, ...] = (1, 3)
+    feature_blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3)
     """Backbone blocks whose output the heads judge."""
     head_width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
     """Channels of a head; its attention has four heads."""
@@ -267,7 +269,7 @@ def _explain(error: Any) -> str:
         return f"unknown setting {key}={_short(error['input'])}: {_nearest(path)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if message.startswith("must be below"):
-        return f"{key}.renoise_time_min is out of range: it {message}"
+        return f"{key}.renoise_time_min is out of range: {message}"
     return f"{key}={_short(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
 
 

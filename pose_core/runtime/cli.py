@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,15 +43,17 @@ def run(main: Callable[[Arguments], None], description: str, *, dry_run: bool = 
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     except PoseError as error:
-        if typed.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+        _fail(str(error), error.exit_code, typed.debug)
     except OSError as error:
-        if typed.debug:
-            raise
-        print(f"error: {error.strerror or error}: {error.filename or ''} (--debug shows where)", file=sys.stderr)
-        raise SystemExit(1) from None
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where} (--debug shows where it happened)", 1, typed.debug)
+
+
+def _fail(message: str, exit_code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(exit_code) from None
 
 
 def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:

@@ -85,7 +85,9 @@ class Encoder:
 
     def __init__(self, teacher: Path, text_tokens: int, out: Store):
         self.codec = WanCodec.load(teacher, text_tokens, "cuda" if torch.cuda.is_available() else "cpu")
-        out.write_bytes(NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).float().cpu().numpy()})))
+        out.write_bytes(
+            NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).float().cpu().numpy()}))
+        )
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         video = np.stack(list(rows["video"]))

@@ -110,10 +110,10 @@ def replay(line: str, target: Display) -> bool:
         return False
     try:
         event = json.loads(line.removeprefix(EVENT_PREFIX))
-    except ValueError:
+        if event["event"] == "update":
+            target.update(event["stage"], event["done"], event["total"], **event["values"])
+        else:
+            target.note(event["text"])
+    except (ValueError, TypeError, KeyError):
         return False
-    if event["event"] == "update":
-        target.update(event["stage"], event["done"], event["total"], **event["values"])
-    else:
-        target.note(event["text"])
     return True

@@ -110,11 +110,13 @@ def test_a_mistake_in_the_config_names_the_file(typed, capsys: pytest.CaptureFix
     assert f"error: {tmp_path / 'my.yaml'} is not YAML" in capsys.readouterr().err
 
 
-def test_debug_lets_the_traceback_through(typed) -> None:
-    with pytest.raises(ConfigError):
-        typed(Main(), "--debug", "priming.stepz=1")
-    with pytest.raises(ClusterError):
-        typed(Main(ClusterError("no cluster")), "--debug")
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(typed, capsys) -> None:
+    for error, code in ((ConfigError("odd"), 2), (ClusterError("no cluster"), 1)):
+        with pytest.raises(SystemExit) as caught:
+            typed(Main(error), "--debug")
+        assert caught.value.code == code
+        shown = capsys.readouterr().err
+        assert "Traceback" in shown and shown.endswith(f"error: {error}\n")
 
 
 @pytest.mark.parametrize(

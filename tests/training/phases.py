@@ -48,7 +48,7 @@ class Phase:
         turns: Sequence[Turn] | None = None,
         sample: bool = False,
     ) -> None:
-        """Run steps ``first_step`` to ``steps`` with all turns or those given; ``sample`` looks at a video after each."""
+        """Run steps ``first_step`` to ``steps`` with all turns or those given; ``sample`` after each."""
 
         def after_step(_step: int, values: dict[str, Tensor]) -> None:
             self.history.append(parallel.mean_over_ranks(values))

@@ -17,7 +17,7 @@ from pose_core.training import checkpoint, parallel
 
 RANKS = 2
 SAVED_STEP, LAST_STEP = 2, 3
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 480
 
 
 def run_ranks(folder: Path, out: Path) -> list[dict[str, Any]]:
@@ -51,6 +51,7 @@ def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:
     phase = build_phase(name, folder, sharded=True)
     phase.train(0, SAVED_STEP, sample=True)
     checkpoint.save(out / name, SAVED_STEP, phase.networks, phase.optimizers)
+    phase.sample()
     phase.train(SAVED_STEP, LAST_STEP, sample=True)
     resumed = build_phase(name, folder, sharded=True)
     step = checkpoint.load(out / name, resumed.networks, resumed.optimizers)
