@@ -13,13 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
 LEAVES = {"config", "errors"}
-BOTTOM = {"method", "rivals", "models", "data"}
+BOTTOM = {"method", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": {"errors"},
     "method": {"method"},
-    "rivals": {"rivals", "method", "errors"},
     "models": {"models", "errors"},
     "data": {"data", "errors"},
     **{name: {name} | BOTTOM | LEAVES for name in MIDDLE},

@@ -45,9 +45,7 @@ def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher
 
     A report holds ``shard`` and ``rows`` of the ``train`` and ``heldout`` files and the ``quarantine`` lines.
     """
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    _in_order_and_quiet()
     filesystem, base = raw.arrow()
     rules = clip_rules(data)
     rows = ray.data.read_webdataset(
@@ -73,6 +71,15 @@ def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher
     )
     for report in reports.iter_rows():
         yield json.loads(report["report"])
+
+
+def _in_order_and_quiet() -> None:
+    """Set up the plans that this process makes from here on."""
+    context = ray.data.DataContext.get_current()
+    # What a resumed phase skips must be what the first attempt saw.
+    context.execution_options.preserve_order = True
+    # Ray Data's own bars move the cursor in the job's log, and lines of ours that follow would not be found.
+    context.enable_progress_bars = False
 
 
 def _with_shard(sample: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +152,7 @@ class Prepared:
                 parts.append({"shard": names[index], "seed": [seed, epoch, int(index)]})
                 planned += self.shards[names[index]]
             epoch += 1
+        _in_order_and_quiet()
         source = ray.data.from_items(parts, override_num_blocks=len(parts))
         return source.map_batches(read_shard, fn_args=(self.store,), batch_size=1, num_cpus=0.25)
 

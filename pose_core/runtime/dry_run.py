@@ -12,16 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pose_core.config import Settings
-from pose_core.errors import CheckpointError, DataError
-from pose_core.models.folders import find_folder, local_teacher
-from pose_core.models.parts import ClipShapes, Shape, check_parts
+from pose_core.errors import DataError
+from pose_core.models.folders import find_folder
+from pose_core.models.parts import ClipShapes, Shape
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.object_store import find_weed
+from pose_core.runtime.preflight import check_models
 from pose_core.runtime.preparing import MOVING_DIGITS
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
 from pose_core.runtime.storage import Store
-from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan, plan_run
+from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan
 
 COLUMNS = 100
 ROOMY_BYTES = 2**30
@@ -54,9 +55,8 @@ def dry_run(settings: Settings) -> None:
     Raises:
         ConfigError, CheckpointError, StorageError, DataError, ClusterError: what would stop the run, with the remedy.
     """
-    teacher = local_teacher(settings.model.teacher, settings.model.revision, weights=False)
+    teacher, plan = check_models(settings)
     checks = [_teacher(settings, teacher), _judge(settings)]
-    plan = plan_run(settings, teacher)
     checks += [_storage(settings), _raw_data(settings), _cluster(settings), _memory(settings, plan)]
     console = Console(highlight=False, width=COLUMNS)
     title = f"POSE {project_version()}, dry run of {settings.run.name}: nothing is started or trained"
@@ -70,9 +70,7 @@ def dry_run(settings: Settings) -> None:
 
 def _teacher(settings: Settings, folder: Path) -> Check:
     name = settings.model.teacher
-    own = find_folder(name) is not None
-    check_parts(folder, weights=own)
-    if own:
+    if find_folder(name) is not None:
         return Check("teacher", OK, f"{folder}, every part is there")
     return Check("teacher", UNCHECKED, f"{name}: its configs are known, its weights are downloaded when the run starts")
 
@@ -81,8 +79,6 @@ def _judge(settings: Settings) -> Check:
     judge = settings.evaluation.judge
     if not judge:
         return Check("judge", OK, "none: the report leaves out SA, TC and FQ")
-    if find_folder(judge) is None:
-        raise CheckpointError(f"evaluation.judge={judge} is no folder: name one, or leave it empty", in_call=True)
     return Check("judge", OK, judge)
 
 

@@ -76,14 +76,17 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self.newest: tuple[int, dict[str, float]] = (0, {})
+        self.resumed: list[int] = []
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Called by rank 0 without waiting."""
+        """Called by rank 0 without waiting; no values mean that it has just begun, at ``step``."""
+        if not values and (step or self.newest[0]):
+            self.resumed.append(step)
         self.newest = (step, values)
 
-    def read(self) -> tuple[int, dict[str, float]]:
-        """The newest step and its values."""
-        return self.newest
+    def read(self) -> tuple[int, dict[str, float], list[int]]:
+        """The newest step, its values, and the steps at which the phase went on after an interruption so far."""
+        return *self.newest, self.resumed
 
 
 @contextmanager
@@ -93,9 +96,12 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
     ended = threading.Event()
 
     def draw() -> None:
-        last = -1
+        last, told = -1, 0
         while not ended.wait(1.0):
-            step, values = ray.get(board.read.remote())
+            step, values, resumed = ray.get(board.read.remote())
+            for first in resumed[told:]:
+                run.display.note(f"{run.name:<24} goes on from step {first}")
+            told = len(resumed)
             if step != last:
                 run.display.update(run.name, step, steps, **values)
                 last = step
@@ -104,7 +110,7 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
     thread.start()
     try:
         yield board
-        step, values = ray.get(board.read.remote())
+        step, values, _ = ray.get(board.read.remote())
         run.display.update(run.name, step, steps, **values)
     finally:
         ended.set()

@@ -15,6 +15,7 @@ from pose_core.models.folders import find_folder
 from pose_core.runtime.cluster import connect, current_dashboard_url
 from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.object_store import EmbeddedStore
+from pose_core.runtime.preflight import check_models
 from pose_core.runtime.progress import EVENTS_VARIABLE
 from pose_core.runtime.storage import Store
 from pose_core.runtime.tracking import tracking_uri
@@ -42,8 +43,10 @@ def open_session(settings: Settings, *, driver: bool = True) -> Iterator[Session
     ``driver`` connects this process to Ray, as every stage needs; submitting jobs does not.
 
     Raises:
-        StorageError, ConfigError, ClusterError: what cannot be reached or started, with the remedy.
+        CheckpointError, StorageError, ConfigError, ClusterError: what is missing, does not fit, or cannot be reached or
+            started, with the remedy.
     """
+    check_models(settings)
     with ExitStack() as stack:
         home = Path(STATE_FOLDER).resolve()
         environment: dict[str, str] = {}

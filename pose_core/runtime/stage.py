@@ -61,7 +61,8 @@ def stage_run(name: str, settings: Settings) -> Iterator[StageRun]:
         )
         tracker.close("FINISHED")
     except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        # Ray ends a job's driver with SystemExit when the job is stopped.
+        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
     finally:
         run.display.close()

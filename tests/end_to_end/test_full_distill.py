@@ -1,0 +1,257 @@
+"""The whole chain as a person runs it, on the embedded store and a local Ray, with a train worker killed half-way."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import signal
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from pose_core.data.clips import decode
+from pose_core.runtime.object_store import EmbeddedStore
+from pose_core.runtime.storage import Store
+
+pytestmark = pytest.mark.integration
+
+STAGES = ["prepare_data", "stability_priming", "adversarial_equilibrium", "evaluate", "export"]
+PRIMING_STEPS, EQUILIBRIUM_STEPS, LOG_EVERY, CHECKPOINT_EVERY = 60, 4, 2, 10
+SETTINGS = (
+    *("run.name=whole", "data.digits_clips=32", "data.digits_heldout_clips=16", "data.digits_clips_per_tar=16"),
+    *("data.clips_per_shard=16", "data.encoder_actors=1", "training.batch_per_worker=2", "training.sample_clips=2"),
+    *(f"priming.steps={PRIMING_STEPS}", f"equilibrium.steps={EQUILIBRIUM_STEPS}"),
+    *(f"training.checkpoint_every_steps={CHECKPOINT_EVERY}", f"tracking.log_every_steps={LOG_EVERY}"),
+    *("training.sample_every_steps=40", "evaluation.clips=8", "evaluation.workers=1", "evaluation.teacher_steps=4"),
+    *("export.registered_model=tiny", "export.alias=newest"),
+)
+SECRETS = (".pose/object_store/credentials", ".pose/object_store/s3.json", ".pose/ray/ray_token")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: its working folder, exit code, what it printed and what is still there of it."""
+
+    folder: Path
+    exit_code: int
+    printed: list[str]
+    killed_after: int
+    """Step at which the program said that priming was when one of its workers was killed."""
+    left_processes: list[str]
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"sqlite:///{self.folder}/.pose/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def command(script: Callable[..., list[str]]) -> list[str]:
+    return script("full_distill", *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, command: list[str], environment: dict[str, str]) -> Run:
+    """The chain from nothing to the end; a train worker is killed once priming is beyond its first checkpoint."""
+    folder = tmp_path_factory.mktemp("whole")
+    marked = environment | {"STARTED_BY_TEST_IN": str(folder)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, env=marked, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    printed, killed_after = [], 0
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line.rstrip())
+            if not killed_after and (step := priming_step(line)) > CHECKPOINT_EVERY:
+                train_workers(process.pid)[0].send_signal(signal.SIGKILL)
+                killed_after = step
+        process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+    return Run(folder, process.returncode, printed, killed_after, processes_of(folder))
+
+
+def priming_step(line: str) -> int:
+    words = line.split()
+    return int(words[1].split("/")[0]) if words[:1] == ["stability_priming"] and "/" in words[1] else 0
+
+
+def train_workers(process_id: int) -> list[psutil.Process]:
+    family = psutil.Process(process_id).children(recursive=True)
+    return [process for process in family if "ray::RayTrainWorker" in "".join(process.cmdline()[:1])]
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Names of the processes that work in ``folder`` or were started with its mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd().startswith(str(folder)) or process.environ().get("STARTED_BY_TEST_IN") == str(folder):
+                found.append(process.name())
+    return found
+
+
+@pytest.fixture(scope="module")
+def stored(run: Run) -> dict[str, bytes]:
+    """Every object that the run left in the embedded store."""
+    with EmbeddedStore(run.folder / ".pose" / "object_store") as server:
+        store = Store.open(server.uri)
+        return {key: store.read_bytes(key) for key in store.list()}
+
+
+@pytest.fixture(scope="module")
+def mlflow_runs(run: Run) -> dict[str, object]:
+    """The MLflow runs of the experiment by name."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(run.mlflow_uri)
+    experiment = client.get_experiment_by_name("pose")
+    return {found.info.run_name: found for found in client.search_runs([experiment.experiment_id])}
+
+
+def test_the_run_ends_well_although_a_worker_was_killed(run: Run) -> None:
+    assert run.exit_code == 0, "\n".join(run.printed)
+    assert CHECKPOINT_EVERY < run.killed_after < PRIMING_STEPS
+    (resumed,) = [line for line in run.printed if "goes on from step" in line]
+    step = int(resumed.split()[-1])
+    assert step % CHECKPOINT_EVERY == 0 and 0 < step < PRIMING_STEPS
+    log = (run.folder / "outputs/whole/logs/stability_priming.log").read_text()
+    assert log.count("Started training worker group of size 2") == 2
+    assert any(line.split()[:1] == ["stability_priming"] and f"{PRIMING_STEPS}/" in line for line in run.printed)
+
+
+def test_it_ends_with_a_table_and_the_places_of_the_results(run: Run) -> None:
+    rows = [line.split() for line in run.printed]
+    assert [row[0] for row in rows if row[-1:] == ["done"]] == STAGES
+    places = {row[0]: Path(row[1]) for row in rows if row[:1] in (["report"], ["pictures"], ["model"])}
+    assert places["report"].is_file() and places["pictures"].is_file() and places["model"].is_dir()
+    assert any(row[:1] == ["browse"] and "mlflow" in " ".join(row) and run.mlflow_uri in " ".join(row) for row in rows)
+
+
+def test_every_stage_names_what_it_was_made_from(stored: dict[str, bytes]) -> None:
+    manifests = {stage: json.loads(stored[f"runs/whole/{stage}/manifest.json"]) for stage in STAGES}
+    fingerprints = {stage: manifest["fingerprint"] for stage, manifest in manifests.items()}
+    assert len(set(fingerprints.values())) == len(STAGES)
+    for stage, manifest in manifests.items():
+        assert manifest["stage"] == stage
+        assert manifest["inputs"] == {name: fingerprints[name] for name in manifest["inputs"]}
+    assert set(manifests["export"]["inputs"]) == {"adversarial_equilibrium", "evaluate"}
+    assert manifests["prepare_data"]["metrics"] == {"train_clips": 32, "heldout_clips": 16, "quarantined_clips": 0}
+
+
+def test_mlflow_has_a_parent_and_a_finished_child_for_every_stage(
+    run: Run, stored: dict[str, bytes], mlflow_runs: dict
+) -> None:
+    assert sorted(mlflow_runs) == sorted([*STAGES, "whole"])
+    assert {found.info.status for found in mlflow_runs.values()} == {"FINISHED"}
+    parent = mlflow_runs["whole"].info.run_id
+    for stage in STAGES:
+        assert mlflow_runs[stage].data.tags["mlflow.parentRunId"] == parent
+        manifest = json.loads(stored[f"runs/whole/{stage}/manifest.json"])
+        assert manifest["mlflow_run_id"] == mlflow_runs[stage].info.run_id
+    assert mlflow_runs["stability_priming"].data.params["priming.steps"] == str(PRIMING_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "turns"),
+    [
+        ("stability_priming", PRIMING_STEPS, ("fake", "generator")),
+        ("adversarial_equilibrium", EQUILIBRIUM_STEPS, ("discriminator", "generator")),
+    ],
+)
+def test_curves_have_a_point_for_every_logged_step(
+    run: Run, mlflow_runs: dict, stage: str, steps: int, turns: tuple[str, ...]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, run_id = MlflowClient(run.mlflow_uri), mlflow_runs[stage].info.run_id
+    for turn in turns:
+        for curve in (f"{turn}/loss", f"{turn}/gradient_norm"):
+            points = client.get_metric_history(run_id, curve)
+            assert {point.step for point in points} == set(range(LOG_EVERY, steps + 1, LOG_EVERY)), curve
+            assert np.isfinite([point.value for point in points]).all(), curve
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps"),
+    [("stability_priming", [40, PRIMING_STEPS]), ("adversarial_equilibrium", [EQUILIBRIUM_STEPS])],
+)
+def test_samples_of_both_phases_can_be_watched(run: Run, mlflow_runs: dict, stage: str, steps: list[int]) -> None:
+    samples = Path(mlflow_runs[stage].info.artifact_uri) / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == sorted(
+        f"step-{step:05d}.{kind}" for step in steps for kind in ("mp4", "png")
+    )
+    for step in steps:
+        frames, _ = decode((samples / f"step-{step:05d}.mp4").read_bytes())
+        assert len(frames) == 2 * 9 and frames.std() > 1  # two clips of nine frames, and something to see
+        with Image.open(samples / f"step-{step:05d}.png") as sheet:
+            assert np.asarray(sheet).std() > 1
+
+
+def test_the_registered_model_is_the_exported_diffusers_folder(run: Run, tmp_path: Path) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    exported = run.folder / "outputs/whole/model"
+    downloaded = Path(download_artifacts("models:/tiny@newest", dst_path=str(tmp_path), tracking_uri=run.mlflow_uri))
+    files = {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(downloaded): path.read_bytes() for path in downloaded.rglob("*") if path.is_file()
+    }
+    parts = json.loads(files[Path("model_index.json")])
+    assert parts["_class_name"] == "WanImageToVideoPipeline"
+    for part in ("transformer", "vae", "text_encoder", "image_encoder"):
+        assert any(path.suffix == ".safetensors" and path.parts[0] == part for path in files), part
+
+
+def test_the_report_compares_one_step_with_the_teacher(run: Run) -> None:
+    summary = json.loads((run.folder / "outputs/whole/report/summary.json").read_text())
+    figures = summary["figures"]
+    assert {"real", "teacher_4_steps", "teacher_1_step", "one_step"} <= set(figures)
+    assert all(set(row) == set(figures["real"]) and np.isfinite(list(row.values())).all() for row in figures.values())
+    assert figures["real"]["mean"] > figures["one_step"]["mean"]  # two random networks are no match for real clips
+    assert summary["run"]["clips"] == 8
+
+
+def test_secrets_stay_in_files_that_only_their_owner_can_read(run: Run, stored: dict[str, bytes]) -> None:
+    credentials = configparser.ConfigParser(interpolation=None)
+    credentials.read(run.folder / SECRETS[0])
+    secrets = [value.encode() for value in credentials["pose"].values()]
+    secrets.append((run.folder / SECRETS[2]).read_bytes().strip())
+    assert all(len(secret) >= 20 for secret in secrets)
+    for name in SECRETS:
+        assert stat.S_IMODE((run.folder / name).stat().st_mode) == 0o600, name
+    files = {path.relative_to(run.folder): path for path in run.folder.rglob("*") if path.is_file()}
+    texts: Iterator[tuple[object, bytes]] = (
+        (name, path.read_bytes()) for name, path in files.items() if str(name) not in SECRETS
+    )
+    for name, text in [*texts, *stored.items(), ("what it printed", "\n".join(run.printed).encode())]:
+        assert not any(secret in text for secret in secrets), name
+    assert {"mlflow.db", "stability_priming.log", "weed.log"} <= {path.name for path in files.values()}
+
+
+def test_nothing_that_it_started_is_left_running(run: Run) -> None:
+    assert run.left_processes == []
+
+
+def test_the_same_command_again_skips_every_stage(
+    run: Run, stored: dict[str, bytes], command: list[str], environment: dict[str, str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    again = subprocess.run(command, cwd=run.folder, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    rows = [line.split() for line in again.stdout.splitlines()]
+    assert [row[0] for row in rows if row[-1:] == ["skipped"]] == STAGES
+    assert not any(row[-1:] == ["done"] for row in rows)
+    client = MlflowClient(run.mlflow_uri)
+    assert len(client.search_runs([client.get_experiment_by_name("pose").experiment_id])) == len(STAGES) + 1
+    assert [version.version for version in client.search_model_versions("name = 'tiny'")] == ["1"]
+    assert processes_of(run.folder) == []
