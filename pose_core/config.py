@@ -120,7 +120,7 @@ class TrainingSettings(Section):
     keep_checkpoints: PositiveInt = 2
     max_failures: NonNegativeInt = 3
     """How often a phase restarts from its last checkpoint after a worker died."""
-    sample_every_steps: PositiveInt = 100
+    sample_every_steps: PositiveInt = 25
     sample_clips: PositiveInt = 4
 
 
