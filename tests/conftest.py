@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+# A shell that starts the tests in the background leaves Ctrl-C ignored, for them and for every child of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is first imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Helpers that spawned ranks must be able to import by name.
