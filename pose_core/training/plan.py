@@ -95,7 +95,7 @@ def _check_fit(settings: Settings, clip: ClipShapes, blocks: int) -> None:
     if settings.model.task != found:
         raise ConfigError(f"model.task={settings.model.task} does not fit {teacher}: set model.task={found}")
     chosen = settings.equilibrium.feature_blocks
-    if not chosen or max(chosen) >= blocks:
+    if max(chosen) >= blocks:
         raise ConfigError(
             f"equilibrium.feature_blocks={list(chosen)} does not fit {teacher}: name blocks from 0 to {blocks - 1}"
         )
