@@ -131,7 +131,7 @@ def test_an_unknown_key_that_is_near_nothing_lists_what_there_is() -> None:
         ("training.precision='fp16'", "'float32' or 'bfloat16'"),
         ("equilibrium.feature_blocks=3", "tuple"),
         ("equilibrium.feature_blocks=[]", "at least 1 item"),
-        ("priming.steps=true", "valid integer"),
+        ("priming.steps=True", "valid integer"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_the_value_and_what_is_allowed(typed: str, allowed: str) -> None:
