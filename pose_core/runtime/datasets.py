@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ def _in_order_and_quiet() -> None:
     context.execution_options.preserve_order = True
     # Ray Data's own bars move the cursor in the job's log, and lines of ours that follow would not be found.
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def _with_shard(sample: dict[str, Any]) -> dict[str, Any]:

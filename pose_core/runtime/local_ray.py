@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from pose_core.errors import ClusterError
@@ -27,7 +28,7 @@ from pose_core.runtime.cluster import FIXED_SIZE_LABEL, connect
 
 _TOKEN = "RAY_AUTH_TOKEN"
 # Meant for other systems, and the only switch that makes Ray take 127.0.0.1 for its own address and listen only there.
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
 _HEAD_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -206,7 +207,7 @@ def _client_environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.pop(_TOKEN, None)
     os.environ.update(variables)
-    _reload_authentication()
+    _reread_environment()
     try:
         yield
     finally:
@@ -214,10 +215,12 @@ def _client_environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
-        _reload_authentication()
+        _reread_environment()
 
 
-def _reload_authentication() -> None:
+def _reread_environment() -> None:
     # Ray reads these variables once, when it is imported.
+    loopback = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(loopback, not ray_constants.IS_WINDOWS_OR_OSX)
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -62,13 +62,13 @@ def script(teacher: Path) -> Script:
 
 @pytest.fixture(scope="session")
 def refusal() -> Callable[[subprocess.CompletedProcess[str]], str]:
-    """The one line with which a program told its user what to correct: exit code 2 and no traceback."""
+    """The line with which a program at last told its user what to correct: exit code 2 and no traceback."""
 
     def line(ended: subprocess.CompletedProcess[str]) -> str:
         assert ended.returncode == 2, ended.stderr
         assert "Traceback" not in ended.stdout + ended.stderr
-        (only,) = ended.stderr.splitlines()
-        assert only.startswith("error: ")
-        return only
+        lines = ended.stderr.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+        return lines[-1]
 
     return line

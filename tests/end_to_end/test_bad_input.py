@@ -76,5 +76,5 @@ def test_it_is_named_in_one_line_before_anything_starts(
     folder, process = ended[case].result()
     line = refusal(process)
     assert all(words in line for words in CASES[case][1:]), line
-    assert process.stdout == ""
+    assert process.stdout == "" and process.stderr.splitlines() == [line]
     assert not list(folder.rglob("ray_token")) and not list(folder.rglob("weed.log"))

@@ -196,11 +196,14 @@ def test_samples_of_both_phases_can_be_watched(run: Run, mlflow_runs: dict, stag
             assert np.asarray(sheet).std() > 1
 
 
-def test_the_registered_model_is_the_exported_diffusers_folder(run: Run, tmp_path: Path) -> None:
+def test_the_registered_model_is_the_exported_diffusers_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.artifacts import download_artifacts
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.mlflow_uri)
     exported = run.folder / "outputs/whole/model"
-    downloaded = Path(download_artifacts("models:/tiny@newest", dst_path=str(tmp_path), tracking_uri=run.mlflow_uri))
+    downloaded = Path(download_artifacts("models:/tiny@newest", dst_path=str(tmp_path)))
     files = {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     assert files == {
         path.relative_to(downloaded): path.read_bytes() for path in downloaded.rglob("*") if path.is_file()
@@ -253,5 +256,5 @@ def test_the_same_command_again_skips_every_stage(
     assert not any(row[-1:] == ["done"] for row in rows)
     client = MlflowClient(run.mlflow_uri)
     assert len(client.search_runs([client.get_experiment_by_name("pose").experiment_id])) == len(STAGES) + 1
-    assert [version.version for version in client.search_model_versions("name = 'tiny'")] == ["1"]
+    assert len(client.search_model_versions("name = 'tiny'")) == 1
     assert processes_of(run.folder) == []

@@ -1,4 +1,4 @@
-"""A person's own raw folder through ``prepare_data`` on a running cluster: bad clips are named, the others kept."""
+"""A person's own raw folder through ``prepare_data`` alone: bad clips are named, their neighbours are kept."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ def quarantined(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_bad_clips_are_named_and_their_neighbours_kept(
-    script: Callable[..., list[str]], cluster: dict[str, str], environment: dict[str, str], tmp_path: Path
+    script: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
+    """On a Ray that the stage starts for itself."""
     (tmp_path / "raw").mkdir()
     mixed = {"before": good(3), "empty": empty(), "between": good(4), "truncated": truncated(), "after": good(5)}
     write_tar(tmp_path / "raw/first.tar", mixed.items())
     write_tar(tmp_path / "raw/second.tar", {"whole": good(6), "silent": without_prompt(), "last": good(7)}.items())
-    ended = prepare(script, tmp_path, environment | cluster)
+    ended = prepare(script, tmp_path, environment)
     assert ended.returncode == 0, ended.stderr
     bad = quarantined(tmp_path)
     assert bad["empty"] == ("first.tar", "decode: no bytes")
