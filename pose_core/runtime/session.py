@@ -56,7 +56,6 @@ def open_session(settings: Settings, *, driver: bool = True) -> Iterator[Session
             store = stack.enter_context(EmbeddedStore(home / "object_store"))
             uri = store.uri
             environment |= store.environment
-            stack.enter_context(_variables(store.environment))
             places["storage"] = f"{uri} on SeaweedFS at {store.environment['AWS_ENDPOINT_URL']}, started here"
         elif "://" not in uri:
             uri = str(Path(uri).expanduser().resolve())
@@ -95,17 +94,3 @@ def _outside(name: str) -> str:
     """A folder of the user's own, made absolute; names of shipped folders stay, they are the same on every node."""
     own = Path(name).expanduser()
     return str(own.resolve()) if name and own.is_dir() and find_folder(name) == own.resolve() else name
-
-
-@contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
