@@ -166,6 +166,9 @@ class _Watch:
         self.job.progress.update.remote(step, losses)
 
     def _checkpoint(self, step: int) -> None:
+        if self.rank == 0:
+            # A worker that dies takes its queued points along; those before a checkpoint are not made again.
+            self.job.tracker.flush()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), step, self.networks, self.optimizers)
             ray.train.report(
