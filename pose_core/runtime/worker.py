@@ -7,7 +7,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,10 @@ from pose_core.method.flow import euler
 from pose_core.models.codec import WanCodec
 from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
-from pose_core.runtime.datasets import TRAINED_ON, Prepared
-from pose_core.runtime.storage import Store
-from pose_core.runtime.tracking import Tracker
+from pose_core.runtime.datasets import TRAINED_ON
+from pose_core.runtime.phase_job import PhaseJob
 from pose_core.training import build, checkpoint, loop, parallel
 from pose_core.training.state import Batch, Draws, Networks
-
-
-@dataclass(frozen=True)
-class PhaseJob:
-    """Everything a rank needs to know; travels to every worker."""
-
-    phase: str
-    settings: Settings
-    prepared: Prepared
-    artifact: Store
-    """Where the phase's results go."""
-    generator: Store | None
-    """Artifact of the earlier phase whose generator this one starts from; None starts from the teacher."""
-    tracker: Tracker
-    progress: Any
-    """Ray actor that takes ``update(step, values)``."""
-
-    @property
-    def steps(self) -> int:
-        return self.settings.priming.steps if self.phase == "priming" else self.settings.equilibrium.steps
-
-    @property
-    def ema_decay(self) -> float:
-        return self.settings.priming.ema_decay if self.phase == "priming" else self.settings.equilibrium.ema_decay
 
 
 def run_phase(config: dict[str, PhaseJob]) -> None:
