@@ -85,8 +85,12 @@ def priming_step(line: str) -> int:
 
 
 def train_workers(process_id: int) -> list[psutil.Process]:
-    family = psutil.Process(process_id).children(recursive=True)
-    return [process for process in family if "ray::RayTrainWorker" in "".join(process.cmdline()[:1])]
+    found = []
+    for process in psutil.Process(process_id).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended since it was listed
+            if "ray::RayTrainWorker" in "".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -75,8 +75,16 @@ def token_file(head: LocalRay) -> Path:
     return Path(head.environment["RAY_AUTH_TOKEN_PATH"])
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """The words of its command; none for a process that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def temporary_folder(family: list[psutil.Process]) -> Path:
-    words = [word for process in family for word in process.cmdline()]
+    words = [word for process in family for word in command_line(process)]
     return next(Path(word.removeprefix("--temp-dir=")) for word in words if word.startswith("--temp-dir="))
 
 
@@ -131,7 +139,7 @@ def test_workers_get_the_secrets_and_nothing_shows_them(head: LocalRay) -> None:
     run_job(connect(), "secret", f'{sys.executable} -c "{program}"', {}, on_line=lines.append)
     assert f"worker has {len(SECRET)}" in lines
     family = psutil.Process().children(recursive=True)
-    commands = [" ".join(process.cmdline()) for process in family]
+    commands = [" ".join(command_line(process)) for process in family]
     assert any("gcs_server" in command for command in commands)
     logs = [file for file in (temporary_folder(family) / "session_latest" / "logs").rglob("*") if file.is_file()]
     assert len(logs) > 5
