@@ -100,8 +100,21 @@ class DataSettings(Section):
     encoder_gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
+class MethodSettings(Section):
+    """How the model is distilled."""
+
+    name: Literal["pose", "dmd2", "apt", "ladd", "lcm"] = "pose"
+    """``pose``, or a rival of ``pose_core/rivals``, through the same loop, data and sharding."""
+
+
 class TrainingSettings(Section):
     """How both phases are trained: workers, memory and recovery."""
+
+    generator: Literal["full", "lora", "one_base"] = "full"
+    """What of the generator learns: all of it, a LoRA on it, or a LoRA on one set of frozen weights that teacher, fake
+    score, generator and discriminator backbone share (least memory: see ``benchmarks/turn_cost.py``)."""
+    lora_rank: PositiveInt = 32
+    """Rank of the generator's LoRA."""
 
     workers: PositiveInt = 2
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
@@ -130,7 +143,9 @@ class RenoisedSection(Section):
     renoise_time_min: Fraction = 0.02
     renoise_time_max: Fraction = 0.98
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
-    """Pushes these times towards the noise end; 1 leaves them uniform."""
+    """Pushes these times towards the noise end; 1 leaves them as they are."""
+    renoise_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Uniform between the two, or logit-normal: mostly around their middle."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RenoisedSection:
@@ -152,8 +167,12 @@ class PrimingSettings(RenoisedSection):
     """Fake-score updates a generator update."""
     input_time_min: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Lower end of the low-SNR window of generator input times; the upper end is 1."""
+    input_time_start: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Where that lower end starts, to move up from high to low SNR over the phase; empty: the window is fixed."""
     guidance: Annotated[float, Field(ge=0)] = 2.0
     """Classifier-free guidance scale of the real score."""
+    gradient_normalisation: Literal["mean_abs", "none"] = "mean_abs"
+    """``mean_abs`` divides a clip's matching gradient by its mean distance from the real score's estimate."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
 
 
@@ -166,8 +185,12 @@ class EquilibriumSettings(RenoisedSection):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     feature_blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3)
     """Backbone blocks whose output the heads judge."""
+    backbone: Literal["current", "average", "frozen"] = "average"
+    """Whose features the heads judge: the generator's of now, its running average's, or the frozen teacher's."""
     head_width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
     """Channels of a head; its attention has four heads."""
+    semantic_head: bool = True
+    """Whether a head sees the condition too (image to video only)."""
     semantic_queries: PositiveInt = 4
     guidance: Annotated[float, Field(ge=0)] = 2.0
     """Classifier-free guidance scale of the frozen teacher in conditional SDS."""
@@ -176,6 +199,26 @@ class EquilibriumSettings(RenoisedSection):
     r1_weight: Annotated[float, Field(ge=0)] = 1.0
     r1_sigma_space: Annotated[float, Field(gt=0)] = 0.01
     r1_sigma_time: Annotated[float, Field(gt=0)] = 0.1
+    r1_every_clips: PositiveInt = 4
+    """The penalty is measured on every so many-th real clip: on all of them it would be half of the turn's cost."""
+
+
+class RivalsSettings(RenoisedSection):
+    """What the rivals have of their own; what they share with POSE they read where POSE does."""
+
+    learning_rate: LearningRate = 5e-4
+    """Of the generator in the rivals' turns."""
+    discriminator_learning_rate: LearningRate = 1e-4
+    """Of APT's discriminator, a full copy of the network."""
+    consistency_intervals: PositiveInt = 25
+    """Intervals that consistency distillation cuts the teacher's way into."""
+    guidance: Annotated[float, Field(ge=0)] = 2.0
+    """Guidance of the teacher's step in consistency distillation."""
+    gan_weight: Annotated[float, Field(ge=0)] = 0.03
+    """Weight of DMD2's adversarial loss beside matching, for generator and critic."""
+    r1_weight: Annotated[float, Field(ge=0)] = 100.0
+    r1_sigma: Annotated[float, Field(gt=0)] = 0.01
+    """APT's approximated R1 penalty: its weight, and the noise that real clips are moved by."""
 
 
 class EvaluationSettings(Section):
@@ -207,9 +250,11 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
+    method: MethodSettings = MethodSettings()
     training: TrainingSettings = TrainingSettings()
     priming: PrimingSettings = PrimingSettings()
     equilibrium: EquilibriumSettings = EquilibriumSettings()
+    rivals: RivalsSettings = RivalsSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
 

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
 LEAVES = {"config", "errors"}
-BOTTOM = {"method", "models", "data"}
+BOTTOM = {"method", "rivals", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": {"errors"},
     "method": {"method"},
+    "rivals": {"rivals", "method"},
     "models": {"models", "errors"},
     "data": {"data", "errors"},
     **{name: {name} | BOTTOM | LEAVES for name in MIDDLE},

@@ -9,7 +9,7 @@ eps      standard Gaussian noise                                              [B
 x0_hat   one-step sample f_theta(eps, 1, c), always from pure noise           like eps
 x_0      real clean latent                                                    like eps
 eps', t' noise and time of the re-noising, shared by real and generated       like eps; [B], in (0, 1)
-D        judge(x_t', t') -> logits, one tensor [B, ...] a head: backbone features, then heads d_psi
+D        judge(x_t', t', clips) -> logits, one tensor [N, ...] a head: backbone features, then heads d_psi
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pose_core.method.flow import add_noise
 
 Logits = Sequence[Tensor]
 """One tensor ``[B, ...]`` a head; positive means real."""
-Judge = Callable[[Tensor, Tensor], Logits]
-"""``D(x_t [B, C, T, H, W], t [B])`` with the condition already bound."""
+Judge = Callable[[Tensor, Tensor, Tensor], Logits]
+"""``D(x_t [N, C, T, H, W], t [N], clips [N])``; ``clips`` are places in the batch: whose condition goes with each."""
 
 
 def discriminator_hinge(real: Logits, fake: Logits) -> Tensor:
@@ -60,12 +60,18 @@ def spatio_temporal_r1(real: Logits, moved_in_space: Logits, moved_in_time: Logi
     return 2 * _mean([(a - b).square().mean() for a, b in pairs])
 
 
-def discriminator_logits(judge: Judge, samples: Sequence[Tensor], eps: Tensor, t: Tensor) -> list[Logits]:
-    """Logits of several batches ``[B, C, T, H, W]``, all noised by the same ``eps`` and ``t``, in one forward pass."""
-    count = len(samples)
-    noised = torch.cat([add_noise(sample.detach(), eps, t) for sample in samples])
-    logits = judge(noised, t.repeat(count))
-    return [[head.chunk(count)[index] for head in logits] for index in range(count)]
+def discriminator_logits(
+    judge: Judge, samples: Sequence[tuple[Tensor, Tensor]], eps: Tensor, t: Tensor
+) -> list[Logits]:
+    """Logits of several sets of latents in one forward pass; what stems from one clip has its noise and time.
+
+    A sample is latents ``[N, C, T, H, W]`` and the places ``[N]`` of their clips in ``eps [B, C, T, H, W]``, ``t [B]``.
+    """
+    clips = torch.cat([places for _, places in samples])
+    x_0 = torch.cat([latents.detach() for latents, _ in samples])
+    logits = judge(add_noise(x_0, eps[clips], t[clips]), t[clips], clips)
+    sizes = [len(latents) for latents, _ in samples]
+    return [list(heads) for heads in zip(*(head.split(sizes) for head in logits), strict=True)]
 
 
 def generator_adversarial(judge: Judge, x0_hat: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -74,7 +80,22 @@ def generator_adversarial(judge: Judge, x0_hat: Tensor, eps: Tensor, t: Tensor) 
     Unspecified in paper: whose gradient reaches the shared backbone. Here the judge's weights are constants in the
     generator's turn (see ``training/turns.py``): a generator that could also move its judge would only fool itself.
     """
-    return generator_hinge(judge(add_noise(x0_hat, eps, t), t))
+    clips = torch.arange(len(t), device=t.device)
+    return through_sample(lambda sample: generator_hinge(judge(add_noise(sample, eps, t), t, clips)), x0_hat)
+
+
+def through_sample(loss: Callable[[Tensor], Tensor], x0_hat: Tensor) -> Tensor:
+    """``loss(x0_hat)`` whose gradient flows into ``x0_hat`` and into nothing else that the loss depends on.
+
+    The gradient in ``x0_hat`` is taken at once, ``g = dL/dx0_hat``; what is returned has the value of the loss and the
+    gradient of ``<g, x0_hat>``.
+    """
+    if not x0_hat.requires_grad:
+        return loss(x0_hat)
+    sample = x0_hat.detach().requires_grad_()
+    value = loss(sample)
+    (gradient,) = torch.autograd.grad(value, sample)
+    return value.detach() + (gradient * (x0_hat - sample.detach())).sum()
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -65,8 +65,13 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_times(uniform: Tensor, t_min: float, t_max: float, shift: float = 1.0) -> Tensor:
-    """Times from ``uniform [B]`` in [0, 1): uniform in ``[t_min, t_max]``, then shifted towards the noise end."""
+def sample_times(uniform: Tensor, t_min: float, t_max: float, shift: float = 1.0, *, middle: bool = False) -> Tensor:
+    """Times in ``[t_min, t_max]`` from ``uniform [B]`` in [0, 1), then shifted towards the noise end.
+
+    Uniform, or with ``middle`` logit-normal: ``t_min + (t_max - t_min) sigmoid(n)`` with ``n`` standard normal.
+    """
+    if middle:
+        uniform = torch.special.ndtri(uniform).sigmoid()
     return shift_time(t_min + (t_max - t_min) * uniform, shift)
 
 

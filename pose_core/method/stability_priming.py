@@ -23,22 +23,33 @@ from pose_core.method.flow import Velocity, add_noise, clean_estimate, flow_matc
 
 
 def primed_sample(v_theta: Velocity, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """``x0_hat = f_theta(x_t, t, c)`` with ``x_t = (1 - t) x_0 + t eps`` and ``t`` in the low-SNR window.
-
-    Unspecified in paper: v1 speaks of moving from high to low SNR, v2 of the fixed window [0.9, 1] used here.
-    """
+    """``x0_hat = f_theta(x_t, t, c)`` with ``x_t = (1 - t) x_0 + t eps`` and ``t`` in the low-SNR window."""
     return clean_estimate(v_theta, add_noise(x_0, eps, t), t)
 
 
+def window_start(progress: float, first: float, last: float) -> float:
+    """Lower end of the window of ``t`` after ``progress`` (0..1) of the phase; its upper end is 1.
+
+    Unspecified in paper: v1 speaks of moving from high to low SNR (``first`` below ``last``), v2 of a fixed window
+    (``first`` equal to ``last``); how fast it moves is said nowhere, here it is linear.
+    """
+    return first + (last - first) * progress
+
+
 @torch.no_grad()
-def matching_gradient(v_phi: Velocity, v_real: Velocity, x0_hat: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def matching_gradient(
+    v_phi: Velocity, v_real: Velocity, x0_hat: Tensor, eps: Tensor, t: Tensor, *, normalise: bool = True
+) -> Tensor:
     """``f_phi(x_t', t', c) - f_real(x_t', t', c)``, divided by each clip's mean ``|x0_hat - f_real|``.
 
     ``v_real`` carries classifier-free guidance, ``v_phi`` none. Shaped like ``x0_hat``, without gradient.
+    ``normalise=False`` leaves the division out: far from the data the gradient then grows.
     """
     x_t = add_noise(x0_hat, eps, t)
     f_real = clean_estimate(v_real, x_t, t)
     f_phi = clean_estimate(v_phi, x_t, t)
+    if not normalise:
+        return f_phi - f_real
     scale = (x0_hat - f_real).abs().mean(dim=tuple(range(1, x0_hat.ndim)), keepdim=True)
     # A clip the teacher would not change at all must not blow its gradient up.
     return (f_phi - f_real) / scale.clamp_min(1e-5)

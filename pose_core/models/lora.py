@@ -1,38 +1,161 @@
-"""The fake score: a LoRA on the frozen teacher, switched on and off around each forward pass."""
+"""LoRA adapters on a transformer, and networks that share one set of frozen weights through them.
+
+Teacher, fake score, generator and its average can be one base with an adapter each: a ``Role`` is the base seen through
+one adapter, or through none. Adapters are zero at the start, so every role begins as the base.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-ADAPTER = "fake_score"
+from pose_core.errors import CheckpointError
+from pose_core.models.video_model import Condition, VideoModel
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 """Attention and feed-forward projections of a diffusers transformer block."""
+ADAPTER_FILE = "adapter.safetensors"
 
 
-def add_fake_score(module: Any, rank: int) -> None:
-    """Freeze ``module`` and add a LoRA that is zero at the start, so fake and real score begin equal."""
-    module.requires_grad_(False)
-    module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=ADAPTER)
+class Role:
+    """A video model seen through one of its adapters, or without any; meets ``VideoModel``."""
+
+    def __init__(self, base: VideoModel, adapter: str | None = None):
+        self.base, self.adapter = base, adapter
+
+    @property
+    def module(self) -> Any:
+        return self.base.module
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.base.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        self.base.compute_dtype = dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.base.blocks
+
+    @property
+    def width(self) -> int:
+        return self.base.width
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """This role's own parameters by name: its adapter's, or without one the base's."""
+        mine = (lambda name: f".{self.adapter}." in name) if self.adapter else (lambda name: ".lora_" not in name)
+        return {name: parameter for name, parameter in self.module.named_parameters() if mine(name)}
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+        with switched_to(self.module, self.adapter):
+            return self.base.velocity(x_t, t, condition)
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
+        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
+        with switched_to(self.module, self.adapter):
+            return self.base.features(x_t, t, condition, blocks)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write full ``weights`` of the module as a folder that stock diffusers loads, this role's adapter merged in.
+
+        The adapter alone goes beside it, so that a later phase can go on with it on the same base.
+        """
+        self.base.save(folder, merge(weights, self.adapter))
+        if self.adapter is not None:
+            marker = f".{self.adapter}."
+            own = {name.replace(marker, "."): value for name, value in weights.items() if marker in name}
+            save_file({name: value.contiguous() for name, value in own.items()}, folder.parent / ADAPTER_FILE)
 
 
-def fake_score_parameters(module: Any) -> dict[str, nn.Parameter]:
-    """The LoRA's own parameters by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if f".{ADAPTER}." in name}
+def add_adapter(model: VideoModel, adapter: str, rank: int) -> Role:
+    """Freeze the base's own weights and add a LoRA that changes nothing yet."""
+    for name, parameter in model.module.named_parameters():
+        if ".lora_" not in name:
+            parameter.requires_grad_(False)
+    model.module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=adapter)
+    role = Role(model, adapter)
+    # peft lets only the newest adapter learn; here each learns unless its owner freezes it.
+    for name, parameter in model.module.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(True)
+    return role
+
+
+@torch.no_grad()
+def load_adapter(role: Role, file: Path) -> None:
+    """Set the role's adapter to the weights that ``Role.save`` left in ``file``.
+
+    Raises:
+        CheckpointError: when they are of another rank or another model (correctable in the call).
+    """
+    own, marker = role.weights(), f".{role.adapter}."
+    stored = load_file(file)
+    wanted = {name.replace(marker, "."): parameter for name, parameter in own.items()}
+    if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise CheckpointError(
+            f"{file} does not fit this model with training.lora_rank: use the rank it was trained with", in_call=True
+        )
+    for name, parameter in wanted.items():
+        parameter.copy_(stored[name])
 
 
 @contextmanager
-def without_fake_score(module: Any) -> Iterator[None]:
-    """Inside, the module is the teacher alone; outside it is the fake score again, if it carries one."""
-    if not getattr(module, "peft_config", None):
-        yield
-        return
-    module.disable_adapters()
+def switched_to(module: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Inside, forward passes of ``module`` go through ``adapter``, or through none.
+
+    peft's own switches also change which parameters learn, which would tear graphs of other roles that are not yet
+    differentiated; so its layers' state is set directly and put back.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
         yield
     finally:
-        module.enable_adapters()
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def checkpoint_activations(model: VideoModel) -> None:
+    """Recompute block activations in the backward pass, through the adapter that the forward pass went through."""
+
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        layer = next((layer for layer in block.modules() if isinstance(layer, BaseTunerLayer)), None)
+        adapter = None if layer is None or layer._disable_adapters else layer._active_adapter[0]
+
+        def forward(*again: Any) -> Any:
+            with switched_to(block, adapter):
+                return block(*again)
+
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    model.module.enable_gradient_checkpointing(run)
+
+
+def merge(weights: dict[str, Tensor], adapter: str | None) -> dict[str, Tensor]:
+    """A module's full ``weights`` as the stock module has them: ``W + B A``, other adapters left out."""
+    merged = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    if adapter is None:
+        return merged
+    for name, down in weights.items():
+        if f".lora_A.{adapter}." in name:
+            up = weights[name.replace(".lora_A.", ".lora_B.")]
+            target = name.replace(f".lora_A.{adapter}.", ".")
+            # The scale is alpha / rank, which ``add_adapter`` makes 1.
+            merged[target] = (merged[target].float() + up.float() @ down.float()).to(merged[target].dtype)
+    return merged

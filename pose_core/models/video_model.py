@@ -28,12 +28,8 @@ class Condition:
         """The same images with other prompts; ``text [1 or B, L, D_text]`` is repeated for the batch."""
         return Condition(text.expand(self.text.shape[0], -1, -1), self.image, self.first_frame)
 
-    def repeat(self, times: int) -> Condition:
-        """The batch ``times`` times over, for one forward of several inputs: ``[times * B, ...]``."""
-        return self._each(lambda part: torch.cat([part] * times))
-
     def rows(self, rows: slice | Tensor) -> Condition:
-        """Some clips of the batch."""
+        """Some clips of the batch; ``rows`` may name one more than once."""
         return self._each(lambda part: part[rows])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
@@ -44,10 +40,13 @@ class Condition:
 class VideoModel(Protocol):
     """A rectified-flow video transformer seen through the project's notation (time 0 = data, 1 = noise)."""
 
-    module: Any
-    """The stock network; parallelism, checkpoints and exports act on it."""
     compute_dtype: torch.dtype
     """Precision its inputs are cast to; ``training/parallel.py`` sets it."""
+
+    @property
+    def module(self) -> Any:
+        """The stock network; parallelism, checkpoints and exports act on it."""
+        ...
 
     @property
     def blocks(self) -> nn.ModuleList:

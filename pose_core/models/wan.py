@@ -26,7 +26,7 @@ class Wan:
     """A ``WanTransformer3DModel``; prompts may come without their zero padding (see ``PaddedTextAttention``)."""
 
     def __init__(self, module: WanTransformer3DModel, image_tokens: int = 0):
-        self.module = module
+        self.module: Any = module
         self.compute_dtype = torch.float32
         for block in module.blocks:
             block.attn2.set_processor(PaddedTextAttention(image_tokens))

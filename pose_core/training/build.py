@@ -12,17 +12,25 @@ from torch import Tensor
 from pose_core.config import Settings
 from pose_core.models import wan
 from pose_core.models.heads import DiscriminatorHeads
-from pose_core.models.lora import add_fake_score
+from pose_core.models.lora import ADAPTER_FILE, Role, add_adapter, checkpoint_activations, load_adapter
 from pose_core.models.video_model import VideoModel
 from pose_core.models.wan import Wan, read_config
 from pose_core.training import parallel
+from pose_core.training.rival_turns import apt_turns, dmd2_turns, ladd_turns, lcm_turns
 from pose_core.training.state import Networks
 from pose_core.training.turns import Turn, equilibrium_turns, priming_turns
 
 
 def phase_turns(phase: str, settings: Settings) -> list[Turn]:
-    """The turns of ``priming`` or ``equilibrium``."""
-    return priming_turns(settings.priming) if phase == "priming" else equilibrium_turns(settings.equilibrium)
+    """The turns of ``priming`` or ``equilibrium``, by the method of the run; rivals with one phase repeat it."""
+    first, second = {
+        "pose": (lambda s: priming_turns(s.priming), lambda s: equilibrium_turns(s.equilibrium)),
+        "lcm": (lcm_turns, lcm_turns),
+        "apt": (lcm_turns, apt_turns),
+        "ladd": (ladd_turns, ladd_turns),
+        "dmd2": (dmd2_turns, dmd2_turns),
+    }[settings.method.name]
+    return first(settings) if phase == "priming" else second(settings)
 
 
 def build_networks(
@@ -37,34 +45,84 @@ def build_networks(
 ) -> Networks:
     """Load every network of a phase and move it to ``device``; ``meta=True`` builds them without weights.
 
-    ``teacher`` is the teacher's diffusers folder, ``generator`` one whose ``transformer`` the generator starts from.
+    ``teacher`` is the teacher's diffusers folder, ``generator`` one whose ``transformer`` the generator starts from,
+    with its adapter beside it where an earlier phase trained one. Roles are only made where a turn needs them.
     """
-    networks = Networks(
-        generator=_model(generator, meta, teacher),
-        average=_model(generator, meta, teacher),
-        teacher=_model(teacher, meta, teacher),
-        null_text=null_text,
-    )
-    networks.average.module.requires_grad_(False)
-    networks.teacher.module.requires_grad_(False)
-    if settings.training.activation_checkpointing:
-        networks.generator.module.enable_gradient_checkpointing()
-    with _seeded(settings.run.seed):
-        if phase == "priming":
-            add_fake_score(networks.teacher.module, settings.priming.fake_lora_rank)
-        else:
+    moved = {group for turn in phase_turns(phase, settings) for group in turn.updates}
+    networks = _roles(settings, teacher, generator, null_text, "fake_score" in moved, meta)
+    if "discriminator" in moved:
+        networks.discriminator = Role(_model(generator, meta, teacher))
+    if "heads" in moved:
+        with _seeded(settings.run.seed):
             networks.heads = _heads(settings, teacher, networks.generator, meta)
+    for parameter in networks.average.weights().values():
+        parameter.requires_grad_(False)
+    if networks.teacher.module is not networks.generator.module:
+        for parameter in networks.teacher.weights().values():
+            parameter.requires_grad_(False)
+    if settings.training.activation_checkpointing:
+        for role in filter(None, (networks.generator, networks.discriminator)):
+            checkpoint_activations(role.base)
     if not meta:
-        for model in (networks.generator, networks.average, networks.teacher):
-            model.module.to(device)
-        if networks.heads is not None:
-            networks.heads.to(device)
+        for module in networks.modules():
+            module.to(device)
     return networks
+
+
+def _roles(
+    settings: Settings, teacher: Path, generator: Path, null_text: Tensor, with_fake: bool, meta: bool
+) -> Networks:
+    """Generator, average, teacher and fake score, on as many sets of weights as ``training.generator`` asks for."""
+    training = settings.training
+    frozen = Role(_model(teacher, meta, teacher))
+    fake_rank = settings.priming.fake_lora_rank
+    if training.generator == "full":
+        learning, average = Role(_model(generator, meta, teacher)), Role(_model(generator, meta, teacher))
+    else:
+        shared = frozen.base if training.generator == "one_base" else _model(teacher, meta, teacher)
+        learning, average = (_adapter(shared, name, training.lora_rank, settings) for name in ("generator", "average"))
+        if not meta:
+            _start_from(learning, average, generator)
+    fake = _adapter(frozen.base, "fake_score", fake_rank, settings) if with_fake else None
+    _store_compactly(settings, frozen, learning)
+    return Networks(learning, average, frozen, null_text, fake)
+
+
+def _adapter(base: VideoModel, name: str, rank: int, settings: Settings) -> Role:
+    with _seeded(settings.run.seed):
+        return add_adapter(base, name, rank)
+
+
+def _start_from(generator: Role, average: Role, folder: Path) -> None:
+    """Both adapters as the phase before left them; the teacher itself has none, so they stay zero."""
+    file = folder / ADAPTER_FILE
+    for role in (generator, average):
+        if file.is_file():
+            load_adapter(role, file)
+        else:
+            _copy(generator, role)
+
+
+@torch.no_grad()
+def _copy(source: Role, target: Role) -> None:
+    """Also the random half of a new adapter: the average starts as the generator, not as another zero."""
+    for kept, new in zip(target.weights().values(), source.weights().values(), strict=True):
+        kept.copy_(new)
+
+
+def _store_compactly(settings: Settings, *roles: Role) -> None:
+    """Frozen weights are kept in the precision of computation; what learns keeps its float32."""
+    if settings.training.generator == "full":
+        return
+    for role in roles:
+        for name, parameter in role.module.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(parallel.PRECISIONS[settings.training.precision])
 
 
 def shard_networks(networks: Networks, settings: Settings) -> None:
     """Apply FSDP2 to every network in place."""
-    for model in (networks.generator, networks.average, networks.teacher):
+    for model in networks.models():
         parallel.shard_model(model, settings.training.precision)
     if networks.heads is not None:
         parallel.shard_heads(networks.heads)
@@ -91,6 +149,6 @@ def _heads(settings: Settings, teacher: Path, generator: VideoModel, meta: bool)
             width=generator.width,
             head_width=equilibrium.head_width,
             text_width=config["text_dim"],
-            image_width=config.get("image_dim") or 0,
+            image_width=(config.get("image_dim") or 0) * equilibrium.semantic_head,
             queries=equilibrium.semantic_queries,
         )

@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pose_core.errors import CheckpointError
-from pose_core.models.lora import fake_score_parameters
 from pose_core.training.state import Networks
 
 PARTIAL = StateDictOptions(strict=False)
@@ -51,38 +50,35 @@ def load(folder: Path, networks: Networks, optimizers: dict[str, torch.optim.Opt
         raise CheckpointError(
             f"{folder} is not a checkpoint of this run: {reason}; remove it or choose another run.name"
         ) from error
-    for name, module in _modules(networks).items():
+    for name, module in _stored(networks).items():
         set_model_state_dict(module, state["networks"][name], options=PARTIAL)
     for name, optimizer in optimizers.items():
-        set_optimizer_state_dict(_owner(networks, name), optimizer, state["optimizers"][name])
+        set_optimizer_state_dict(_stored(networks)[name], optimizer, state["optimizers"][name])
     return state["step"]
 
 
 def _state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
-    weights = {name: get_model_state_dict(module) for name, module in _modules(networks).items()}
-    if "fake_score" in weights:
-        own = fake_score_parameters(networks.teacher.module)
-        weights["fake_score"] = {name: value for name, value in weights["fake_score"].items() if name in own}
+    stored = _stored(networks)
     return {
         "step": step,
-        "networks": weights,
-        "optimizers": {
-            name: get_optimizer_state_dict(_owner(networks, name), optimizer) for name, optimizer in optimizers.items()
-        },
+        "networks": {name: _own(networks, name, module) for name, module in stored.items()},
+        "optimizers": {name: get_optimizer_state_dict(stored[name], each) for name, each in optimizers.items()},
     }
 
 
-def _modules(networks: Networks) -> dict[str, nn.Module]:
-    modules = {"generator": networks.generator.module, "average": networks.average.module}
-    return modules | {name: _owner(networks, name) for name in networks.groups() if name != "generator"}
+def _stored(networks: Networks) -> dict[str, nn.Module]:
+    """The modules behind what changes, by role; roles may share one. The frozen teacher is not stored."""
+    modules = {name: role.module for name, role in networks.roles().items() if name != "teacher"}
+    return modules if networks.heads is None else modules | {"heads": networks.heads}
 
 
-def _owner(networks: Networks, group: str) -> nn.Module:
-    """The module that holds a group of parameters."""
-    if group == "heads":
-        assert networks.heads is not None
-        return networks.heads
-    return networks.teacher.module if group == "fake_score" else networks.generator.module
+def _own(networks: Networks, name: str, module: nn.Module) -> dict[str, Any]:
+    """A role's own weights out of its module's."""
+    weights = get_model_state_dict(module)
+    if name == "heads":
+        return weights
+    own = networks.roles()[name].weights()
+    return {key: value for key, value in weights.items() if key in own}
 
 
 class _Reader(dcp.FileSystemReader):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 
 @torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """``average <- decay average + (1 - decay) module``, parameter by parameter, without gathering any of them."""
-    for kept, new in zip(average.parameters(), module.parameters(), strict=True):
+def follow(average: Mapping[str, nn.Parameter], weights: Mapping[str, nn.Parameter], decay: float) -> None:
+    """``average <- decay average + (1 - decay) weights``, parameter by parameter, without gathering any of them."""
+    for kept, new in zip(average.values(), weights.values(), strict=True):
         _local(kept).lerp_(_local(new), 1 - decay)
 
 

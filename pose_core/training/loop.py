@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pose_core.training import ema, parallel
 from pose_core.training.state import Batch, Draws, Networks
@@ -18,13 +18,12 @@ AfterStep = Callable[[int, dict[str, Tensor]], None]
 def build_optimizers(
     networks: Networks, turns: Sequence[Turn], weight_decay: float
 ) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW a turn, over exactly the parameters that turn updates."""
+    """One AdamW a group of parameters that a turn updates."""
     groups = networks.groups()
     return {
-        turn.updates: torch.optim.AdamW(
-            groups[turn.updates].values(), lr=turn.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
-        )
+        group: torch.optim.AdamW(groups[group].values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
         for turn in turns
+        for group, learning_rate in turn.updates.items()
     }
 
 
@@ -54,8 +53,9 @@ def train(
                 draws = Draws(seed, step, label, parallel.rank(), parallel.ranks(), batch.x_0.device)
                 losses = turn.loss(networks, batch, draws)
                 losses.total.backward()
-                norm = parallel.clip_gradients(list(groups[turn.updates].values()), gradient_clip)
-                optimizers[turn.updates].step()
+                norm = parallel.clip_gradients(updated_by(turn, groups), gradient_clip)
+                for group in turn.updates:
+                    optimizers[group].step()
                 # A loss may leave gradients on constants of its turn (heads in the generator's): they are dropped.
                 for parameter in everything:
                     parameter.grad = None
@@ -63,11 +63,16 @@ def train(
             values[f"{turn.name}/gradient_norm"] = norm.detach()
             values |= {f"{turn.name}/{name}": value.detach() for name, value in losses.parts.items()}
         _free_gathered(networks)
-        ema.follow(networks.average.module, networks.generator.module, ema_decay)
+        ema.follow(networks.average.weights(), networks.generator.weights(), ema_decay)
         after_step(step + 1, values)
+
+
+def updated_by(turn: Turn, groups: dict[str, dict[str, nn.Parameter]]) -> list[nn.Parameter]:
+    """The parameters that a turn moves."""
+    return [parameter for group in turn.updates for parameter in groups[group].values()]
 
 
 def _free_gathered(networks: Networks) -> None:
     """A forward pass without a backward (a sample, say) leaves a root gathered; what is trained are its shards."""
-    for model in (networks.generator, networks.average, networks.teacher):
+    for model in networks.models():
         parallel.reshard(model.module)

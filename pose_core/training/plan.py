@@ -15,7 +15,6 @@ from torch import nn
 
 from pose_core.config import Settings
 from pose_core.errors import ConfigError
-from pose_core.models.lora import fake_score_parameters
 from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
 from pose_core.training.build import build_networks, phase_turns
 from pose_core.training.parallel import PRECISIONS
@@ -81,7 +80,7 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
         clip,
         _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
         {phase: _worker(phase, settings, networks[phase], clip) for phase in PHASES},
-        max(FLOAT32_BYTES * sum(map(count, _modules(each))) for each in networks.values()),
+        max(FLOAT32_BYTES * sum(map(count, each.modules())) for each in networks.values()),
     )
 
 
@@ -102,38 +101,38 @@ def _check_fit(settings: Settings, clip: ClipShapes, blocks: int) -> None:
 
 
 def _roles(priming: Networks, heads: nn.Module | None) -> dict[str, int]:
-    fake = sum(parameter.numel() for parameter in fake_score_parameters(priming.teacher.module).values())
-    return {
-        "generator": count(priming.generator.module),
-        "running average": count(priming.average.module),
-        "teacher": count(priming.teacher.module) - fake,
-        "fake-score LoRA": fake,
-        "heads": count(heads) if heads is not None else 0,
+    names = {
+        "generator": "generator",
+        "average": "running average",
+        "teacher": "teacher",
+        "fake_score": "fake-score LoRA",
     }
+    roles = priming.roles()
+    found = {said: _total(roles[name].weights().values()) for name, said in names.items() if name in roles}
+    return found | {"heads": count(heads) if heads is not None else 0}
+
+
+def _total(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _encoders(teacher: Path) -> dict[str, int]:
     return {name.replace("_", " "): count(module) for name, module in build_encoders(teacher).items()}
 
 
-def _modules(networks: Networks) -> list[nn.Module]:
-    models = [networks.generator.module, networks.average.module, networks.teacher.module]
-    return models if networks.heads is None else [*models, networks.heads]
-
-
 def _worker(phase: str, settings: Settings, networks: Networks, clip: ClipShapes) -> WorkerBytes:
     workers = settings.training.workers
     groups = networks.groups()
-    trained = [parameter for turn in phase_turns(phase, settings) for parameter in groups[turn.updates].values()]
-    average = networks.average.module
-    others = [parameter for module in _modules(networks) if module is not average for parameter in module.parameters()]
+    trained = [p for turn in phase_turns(phase, settings) for group in turn.updates for p in groups[group].values()]
+    average = {id(parameter) for parameter in networks.average.weights().values()}
+    others = [p for module in networks.modules() for p in module.parameters() if id(p) not in average]
     gradients = FLOAT32_BYTES * _shard(trained, workers)
     row = sum(map(math.prod, clip.trained_on))
     return WorkerBytes(
-        weights=FLOAT32_BYTES * _shard(others, workers),
+        weights=_bytes(others, workers),
         gradients=gradients,
         moments=MOMENTS * gradients,
-        average=FLOAT32_BYTES * _shard(average.parameters(), workers),
+        average=FLOAT32_BYTES * _shard(networks.average.weights().values(), workers),
         gathered=_gathered(networks, PRECISIONS[settings.training.precision].itemsize),
         batch=FLOAT32_BYTES * settings.training.batch_per_worker * row,
     )
@@ -144,10 +143,15 @@ def _shard(parameters: Iterable[nn.Parameter], workers: int) -> int:
     return sum(math.ceil(p.shape[0] / workers) * (p.numel() // p.shape[0]) if p.ndim else 1 for p in parameters)
 
 
+def _bytes(parameters: Iterable[nn.Parameter], workers: int) -> int:
+    """What the first worker holds of ``parameters``, in the precision each is kept in."""
+    return sum(_shard([parameter], workers) * parameter.element_size() for parameter in parameters)
+
+
 def _gathered(networks: Networks, item_bytes: int) -> int:
     """Bytes of the largest network's unblocked rest and of its blocks in flight, and of the heads, kept in float32."""
     sizes = []
-    for model in (networks.generator, networks.average, networks.teacher):
+    for model in networks.models():
         blocks = [count(block) for block in model.blocks]
         sizes.append(count(model.module) - sum(blocks) + min(GATHERED_BLOCKS, len(blocks)) * max(blocks))
     heads = 0 if networks.heads is None else count(networks.heads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pose_core.method.flow import Velocity, guided
 from pose_core.models.heads import DiscriminatorHeads
-from pose_core.models.lora import fake_score_parameters, without_fake_score
+from pose_core.models.lora import Role
 from pose_core.models.video_model import Condition, VideoModel
 
 
@@ -27,21 +27,43 @@ class Batch:
 class Networks:
     """Every network of a phase by its role; parallelism has already been applied to them.
 
-    ``teacher`` is frozen and carries the fake-score LoRA in priming; ``average`` is the generator's running average;
-    ``heads`` exist in equilibrium only. ``null_text [1, L, D]`` is the empty prompt.
+    ``teacher`` is frozen; ``average`` is the generator's running average. The others exist where a turn updates them:
+    ``fake``, the fake score; ``heads`` of the discriminator; ``discriminator``, a rival's backbone of its own. Roles
+    may share one module (see ``models/lora.py``). ``null_text [1, L, D]`` is the empty prompt.
     """
 
-    generator: VideoModel
-    average: VideoModel
-    teacher: VideoModel
+    generator: Role
+    average: Role
+    teacher: Role
     null_text: Tensor
+    fake: Role | None = None
+    discriminator: Role | None = None
     heads: DiscriminatorHeads | None = None
+
+    def roles(self) -> dict[str, Role]:
+        """The transformers by role."""
+        named = {
+            "generator": self.generator,
+            "average": self.average,
+            "teacher": self.teacher,
+            "fake_score": self.fake,
+            "discriminator": self.discriminator,
+        }
+        return {name: role for name, role in named.items() if role is not None}
+
+    def models(self) -> list[VideoModel]:
+        """The transformers behind the roles, each once."""
+        return list({id(role.module): role.base for role in self.roles().values()}.values())
+
+    def modules(self) -> list[nn.Module]:
+        """Everything that has weights, each once."""
+        heads = [] if self.heads is None else [self.heads]
+        return [*(model.module for model in self.models()), *heads]
 
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trainable parameters by the name a turn calls them."""
-        groups = {"generator": dict(self.generator.module.named_parameters())}
-        if fake := fake_score_parameters(self.teacher.module):
-            groups["fake_score"] = fake
+        trained = ("generator", "fake_score", "discriminator")
+        groups = {name: role.weights() for name, role in self.roles().items() if name in trained}
         if self.heads is not None:
             groups["heads"] = dict(self.heads.named_parameters())
         return groups
@@ -50,18 +72,21 @@ class Networks:
         """The generator's velocity with its condition bound."""
         return partial(_velocity, self.generator, condition)
 
+    def v_average(self, condition: Condition) -> Velocity:
+        """The averaged generator's velocity."""
+        return partial(_velocity, self.average, condition)
+
     def v_phi(self, condition: Condition) -> Velocity:
-        """The fake score's velocity, the teacher with its LoRA, without guidance."""
-        return partial(_velocity, self.teacher, condition)
+        """The fake score's velocity, without guidance."""
+        assert self.fake is not None
+        return partial(_velocity, self.fake, condition)
 
     def v_real(self, condition: Condition, guidance: float) -> Velocity:
         """The frozen teacher's velocity with classifier-free guidance."""
-
-        def teacher(condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:
-            with without_fake_score(self.teacher.module):
-                return self.teacher.velocity(x_t, t, condition)
-
-        return guided(partial(teacher, condition), partial(teacher, condition.with_text(self.null_text)), guidance)
+        unconditional = condition.with_text(self.null_text)
+        return guided(
+            partial(_velocity, self.teacher, condition), partial(_velocity, self.teacher, unconditional), guidance
+        )
 
 
 def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:
@@ -74,7 +99,7 @@ class Draws:
     def __init__(self, seed: int, step: int, label: str, rank: int, ranks: int, device: torch.device):
         key = hashlib.sha256(f"{seed}/{label}/{step}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-        self.rank, self.ranks, self.device = rank, ranks, device
+        self.step, self.rank, self.ranks, self.device = step, rank, ranks, device
 
     def normal(self, like: Tensor, **sizes_of_one: int) -> Tensor:
         """Standard Gaussian noise shaped like ``like [B, C, T, H, W]``; dimensions named T, H or W may be 1."""

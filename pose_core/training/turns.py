@@ -5,24 +5,26 @@
 | priming     | fake          | fake_score | x0_hat (stopped)                                                    |
 | priming     | generator     | generator  | teacher, fake score                                                 |
 | equilibrium | discriminator | heads      | x0_hat (stopped), backbone                                          |
-| equilibrium | generator     | generator  | heads, backbone (the averaged weights), teacher                     |
+| equilibrium | generator     | generator  | heads, backbone (of now, averaged or the teacher's), teacher        |
+
+The rivals' turns are in ``rival_turns.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pose_core.config import EquilibriumSettings, PrimingSettings
+from pose_core.config import EquilibriumSettings, PrimingSettings, RenoisedSection
 from pose_core.method import adversarial_equilibrium as equilibrium
 from pose_core.method import conditional_consistency as consistency
 from pose_core.method import stability_priming as priming
 from pose_core.method.flow import one_step, sample_times
+from pose_core.models.lora import Role
 from pose_core.models.video_model import Condition
 from pose_core.training.state import Batch, Draws, Networks
 
@@ -34,95 +36,125 @@ class Losses(NamedTuple):
     parts: dict[str, Tensor]
 
 
+Loss = Callable[[Networks, Batch, Draws], Losses]
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One optimiser's share of a step; ``updates`` names a group of ``Networks.groups()``."""
+    """One share of a step: ``updates`` gives the learning rate of each group of ``Networks.groups()`` that moves."""
 
     name: str
-    updates: str
-    learning_rate: float
-    loss: Callable[[Networks, Batch, Draws], Losses]
+    updates: dict[str, float]
+    loss: Loss
     repeats: int = 1
 
 
 def priming_turns(settings: PrimingSettings) -> list[Turn]:
     """Phase I: the fake score follows, then the generator moves."""
+
+    def sample(networks: Networks, batch: Batch, draws: Draws) -> Tensor:
+        first = settings.input_time_min if settings.input_time_start is None else settings.input_time_start
+        start = priming.window_start(draws.step / max(settings.steps, 1), first, settings.input_time_min)
+        t = sample_times(draws.uniform(batch.x_0), start, 1.0)
+        return priming.primed_sample(networks.v_theta(batch.condition), batch.x_0, draws.normal(batch.x_0), t)
+
+    def fake(networks: Networks, batch: Batch, draws: Draws) -> Losses:
+        with torch.no_grad():
+            x0_hat = sample(networks, batch, draws)
+        t = renoise_times(settings, batch, draws)
+        loss = priming.fake_score_loss(networks.v_phi(batch.condition), x0_hat, draws.normal(x0_hat), t)
+        return Losses(loss, {})
+
+    def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
+        x0_hat = sample(networks, batch, draws)
+        t = renoise_times(settings, batch, draws)
+        v_phi = networks.v_phi(batch.condition)
+        v_real = networks.v_real(batch.condition, settings.guidance)
+        normalise = settings.gradient_normalisation == "mean_abs"
+        gradient = priming.matching_gradient(v_phi, v_real, x0_hat, draws.normal(x0_hat), t, normalise=normalise)
+        return Losses(priming.matching_loss(x0_hat, gradient), {"matching_gradient": gradient.square().mean().sqrt()})
+
     return [
-        Turn("fake", "fake_score", settings.fake_learning_rate, partial(_fake, settings), settings.fake_updates),
-        Turn("generator", "generator", settings.learning_rate, partial(_primed_generator, settings)),
+        Turn("fake", {"fake_score": settings.fake_learning_rate}, fake, settings.fake_updates),
+        Turn("generator", {"generator": settings.learning_rate}, generator),
     ]
 
 
 def equilibrium_turns(settings: EquilibriumSettings) -> list[Turn]:
     """Phase II: the heads judge, then the generator answers."""
+
+    def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
+        x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(batch.x_0))
+        judge = judge_of(backbone(networks, settings.backbone), networks, batch.condition, settings.feature_blocks)
+        t = renoise_times(settings, batch, draws)
+        adversarial = equilibrium.generator_adversarial(judge, x0_hat, draws.normal(x0_hat), t)
+        total, parts = settings.adversarial_weight * adversarial, {"adversarial": adversarial}
+        if batch.condition.first_frame is not None and settings.conditional_sds_weight > 0:
+            v_real = networks.v_real(batch.condition, settings.guidance)
+            t = renoise_times(settings, batch, draws)
+            parts["conditional_sds"] = consistency.conditional_sds(v_real, x0_hat, draws.normal(x0_hat), t)
+            total = total + settings.conditional_sds_weight * parts["conditional_sds"]
+        return Losses(total, parts)
+
+    heads = {"heads": settings.heads_learning_rate}
     return [
-        Turn("discriminator", "heads", settings.heads_learning_rate, partial(_discriminator, settings)),
-        Turn("generator", "generator", settings.learning_rate, partial(_equilibrium_generator, settings)),
+        Turn("discriminator", heads, discriminator_turn(settings, settings, settings.backbone)),
+        Turn("generator", {"generator": settings.learning_rate}, generator),
     ]
 
 
-def _renoise_times(settings: PrimingSettings | EquilibriumSettings, batch: Batch, draws: Draws) -> Tensor:
-    window = settings.renoise_time_min, settings.renoise_time_max
-    return sample_times(draws.uniform(batch.x_0), *window, settings.timestep_shift)
+def discriminator_turn(settings: EquilibriumSettings, times: RenoisedSection, chosen: str) -> Loss:
+    """The heads' loss on the features of a backbone that is constant in it: hinge and spatio-temporal R1."""
+
+    def discriminator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
+        x_0 = batch.x_0
+        with torch.no_grad():
+            x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(x_0))
+        clips = torch.arange(len(x_0), device=x_0.device)
+        some = clips[:: settings.r1_every_clips]
+        in_space = equilibrium.perturb_space(x_0[some], draws.normal(x_0, T=1)[some], settings.r1_sigma_space)
+        in_time = equilibrium.perturb_time(x_0[some], draws.normal(x_0, H=1, W=1)[some], settings.r1_sigma_time)
+        t = renoise_times(times, batch, draws)
+        role = backbone(networks, chosen)
+        judge = judge_of(role, networks, batch.condition, settings.feature_blocks, constant=True)
+        samples = (x_0, clips), (x0_hat, clips), (in_space, some), (in_time, some)
+        real, fake, *moved = equilibrium.discriminator_logits(judge, samples, draws.normal(x_0), t)
+        hinge = equilibrium.discriminator_hinge(real, fake)
+        r1 = equilibrium.spatio_temporal_r1([head[some] for head in real], *moved)
+        parts = {"hinge": hinge, "r1": r1, **adversarial_parts(real, fake)}
+        return Losses(hinge + settings.r1_weight * r1, parts)
+
+    return discriminator
 
 
-def _primed_sample(settings: PrimingSettings, networks: Networks, batch: Batch, draws: Draws) -> Tensor:
-    t = sample_times(draws.uniform(batch.x_0), settings.input_time_min, 1.0)
-    return priming.primed_sample(networks.v_theta(batch.condition), batch.x_0, draws.normal(batch.x_0), t)
+def backbone(networks: Networks, chosen: str) -> Role:
+    """Whose features the heads judge."""
+    return {"current": networks.generator, "average": networks.average, "frozen": networks.teacher}[chosen]
 
 
-def _fake(settings: PrimingSettings, networks: Networks, batch: Batch, draws: Draws) -> Losses:
-    with torch.no_grad():
-        x0_hat = _primed_sample(settings, networks, batch, draws)
-    t = _renoise_times(settings, batch, draws)
-    loss = priming.fake_score_loss(networks.v_phi(batch.condition), x0_hat, draws.normal(x0_hat), t)
-    return Losses(loss, {})
+def judge_of(
+    role: Role | None, networks: Networks, condition: Condition, blocks: tuple[int, ...], *, constant: bool = False
+) -> equilibrium.Judge:
+    """Backbone features, then heads; ``constant`` keeps no graph of the backbone, for a turn of the heads alone."""
 
-
-def _primed_generator(settings: PrimingSettings, networks: Networks, batch: Batch, draws: Draws) -> Losses:
-    x0_hat = _primed_sample(settings, networks, batch, draws)
-    t = _renoise_times(settings, batch, draws)
-    v_phi = networks.v_phi(batch.condition)
-    v_real = networks.v_real(batch.condition, settings.guidance)
-    gradient = priming.matching_gradient(v_phi, v_real, x0_hat, draws.normal(x0_hat), t)
-    return Losses(priming.matching_loss(x0_hat, gradient), {"matching_gradient": gradient.square().mean().sqrt()})
-
-
-def _judge(settings: EquilibriumSettings, networks: Networks, condition: Condition) -> equilibrium.Judge:
-    def judge(x_t: Tensor, t: Tensor) -> equilibrium.Logits:
-        assert networks.heads is not None
-        repeated = condition.repeat(len(x_t) // len(condition.text))
-        features = networks.average.features(x_t, t, repeated, settings.feature_blocks)
-        return networks.heads(features, repeated)
+    def judge(x_t: Tensor, t: Tensor, clips: Tensor) -> equilibrium.Logits:
+        assert role is not None and networks.heads is not None
+        of_each = condition.rows(clips)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            features = role.features(x_t, t, of_each, blocks)
+        return networks.heads(features, of_each)
 
     return judge
 
 
-def _discriminator(settings: EquilibriumSettings, networks: Networks, batch: Batch, draws: Draws) -> Losses:
-    x_0 = batch.x_0
-    with torch.no_grad():
-        x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(x_0))
-    in_space = equilibrium.perturb_space(x_0, draws.normal(x_0, T=1), settings.r1_sigma_space)
-    in_time = equilibrium.perturb_time(x_0, draws.normal(x_0, H=1, W=1), settings.r1_sigma_time)
-    t = _renoise_times(settings, batch, draws)
-    judge = _judge(settings, networks, batch.condition)
-    samples = (x_0, x0_hat, in_space, in_time)
-    real, fake, *moved = equilibrium.discriminator_logits(judge, samples, draws.normal(x_0), t)
-    hinge = equilibrium.discriminator_hinge(real, fake)
-    r1 = equilibrium.spatio_temporal_r1(real, *moved)
-    accuracy = torch.stack([(a > 0).float().mean() + (b < 0).float().mean() for a, b in zip(real, fake, strict=True)])
-    return Losses(hinge + settings.r1_weight * r1, {"hinge": hinge, "r1": r1, "accuracy": accuracy.mean() / 2})
+def adversarial_parts(real: equilibrium.Logits, fake: equilibrium.Logits) -> dict[str, Tensor]:
+    """How often the heads are right."""
+    right = [(a > 0).float().mean() + (b < 0).float().mean() for a, b in zip(real, fake, strict=True)]
+    return {"accuracy": torch.stack(right).mean() / 2}
 
 
-def _equilibrium_generator(settings: EquilibriumSettings, networks: Networks, batch: Batch, draws: Draws) -> Losses:
-    x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(batch.x_0))
-    judge = _judge(settings, networks, batch.condition)
-    t = _renoise_times(settings, batch, draws)
-    adversarial = equilibrium.generator_adversarial(judge, x0_hat, draws.normal(x0_hat), t)
-    total, parts = settings.adversarial_weight * adversarial, {"adversarial": adversarial}
-    if batch.condition.first_frame is not None and settings.conditional_sds_weight > 0:
-        v_real = networks.v_real(batch.condition, settings.guidance)
-        t = _renoise_times(settings, batch, draws)
-        parts["conditional_sds"] = consistency.conditional_sds(v_real, x0_hat, draws.normal(x0_hat), t)
-        total = total + settings.conditional_sds_weight * parts["conditional_sds"]
-    return Losses(total, parts)
+def renoise_times(settings: RenoisedSection, batch: Batch, draws: Draws) -> Tensor:
+    """Times ``[B]`` at which generated clips are noised again."""
+    window = settings.renoise_time_min, settings.renoise_time_max
+    middle = settings.renoise_distribution == "logit_normal"
+    return sample_times(draws.uniform(batch.x_0), *window, settings.timestep_shift, middle=middle)

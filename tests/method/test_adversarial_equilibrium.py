@@ -9,6 +9,7 @@ from torch import Tensor
 from pose_core.method import adversarial_equilibrium as equilibrium
 
 EPS = torch.full((1, 1, 1, 1, 1), 4.0)
+FIRST = torch.tensor([0])
 
 
 def clip(value: float) -> Tensor:
@@ -67,29 +68,31 @@ def test_the_penalty_has_a_gradient_of_first_order_in_every_logit() -> None:
 
 
 def test_all_samples_are_judged_in_one_pass_under_the_same_noise_and_time() -> None:
-    seen: list[tuple[list[float], list[float]]] = []
+    seen: list[tuple[list[float], list[float], list[int]]] = []
 
-    def judge(x_t: Tensor, t: Tensor) -> list[Tensor]:
-        seen.append((x_t.flatten().tolist(), t.tolist()))
+    def judge(x_t: Tensor, t: Tensor, clips: Tensor) -> list[Tensor]:
+        seen.append((x_t.flatten().tolist(), t.tolist(), clips.tolist()))
         return [x_t.flatten(1), 10 * x_t.flatten(1)]
 
-    judged = equilibrium.discriminator_logits(judge, (clip(0), clip(8)), EPS, torch.tensor([0.25]))
-    assert seen == [([1, 7], [0.25, 0.25])]
+    judged = equilibrium.discriminator_logits(judge, [(clip(0), FIRST), (clip(8), FIRST)], EPS, torch.tensor([0.25]))
+    assert seen == [([1, 7], [0.25, 0.25], [0, 0])]
     assert [[head.item() for head in heads] for heads in judged] == [[1, 10], [7, 70]]
 
 
 def test_batches_come_back_apart_and_in_order() -> None:
     first, second = torch.arange(3.0), torch.arange(3.0) + 10
-    samples = [values.view(3, 1, 1, 1, 1) for values in (first, second)]
+    samples = [(values.view(3, 1, 1, 1, 1), torch.arange(3)) for values in (first, second)]
     nothing = torch.zeros(3)
-    judged = equilibrium.discriminator_logits(lambda x_t, t: [x_t.flatten(1)], samples, samples[0], nothing)
+    judged = equilibrium.discriminator_logits(lambda x_t, t, clips: [x_t.flatten(1)], samples, samples[0][0], nothing)
     assert [heads[0].flatten().tolist() for heads in judged] == [first.tolist(), second.tolist()]
 
 
 def test_the_discriminators_gradient_stops_before_the_sample() -> None:
     weight, x0_hat = torch.tensor(1.0, requires_grad=True), clip(2).requires_grad_()
     t = torch.tensor([0.5])
-    real, fake = equilibrium.discriminator_logits(lambda x_t, t: [weight * x_t], (clip(1), x0_hat), EPS, t)
+    real, fake = equilibrium.discriminator_logits(
+        lambda x_t, t, clips: [weight * x_t], [(clip(1), FIRST), (x0_hat, FIRST)], EPS, t
+    )
     equilibrium.discriminator_hinge(real, fake).backward()
     assert x0_hat.grad is None
     # Real logit 2.5 is past the margin; fake logit 3 grows by 3 a unit of weight.
@@ -100,8 +103,31 @@ def test_the_discriminators_gradient_stops_before_the_sample() -> None:
 def test_the_generators_gradient_passes_the_judge_and_reaches_the_sample() -> None:
     x0_hat = clip(2).requires_grad_()
     # x_t = 0.75 * 2 + 0.25 * 4 = 2.5.
-    loss = equilibrium.generator_adversarial(lambda x_t, t: [5 * x_t], x0_hat, EPS, torch.tensor([0.25]))
+    loss = equilibrium.generator_adversarial(lambda x_t, t, clips: [5 * x_t], x0_hat, EPS, torch.tensor([0.25]))
     loss.backward()
     assert loss.item() == -12.5
     assert x0_hat.grad is not None
     assert x0_hat.grad.item() == -5 * 0.75
+
+
+def test_what_stems_from_a_clip_has_its_noise_and_time() -> None:
+    seen: list[list[float]] = []
+
+    def judge(x_t: Tensor, t: Tensor, clips: Tensor) -> list[Tensor]:
+        seen.append([*clips.tolist(), *t.tolist(), *x_t.flatten().tolist()])
+        return [x_t.flatten(1)]
+
+    whole, one = torch.zeros(2, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)
+    eps, t = torch.tensor([4.0, 8.0]).view(2, 1, 1, 1, 1), torch.tensor([0.5, 0.25])
+    judged = equilibrium.discriminator_logits(judge, [(whole, torch.arange(2)), (one, torch.tensor([1]))], eps, t)
+    assert seen == [[0, 1, 1, 0.5, 0.25, 0.25, 2, 2, 2.75]]
+    assert [len(heads[0]) for heads in judged] == [2, 1]
+
+
+def test_a_loss_through_the_sample_moves_nothing_else() -> None:
+    weight, x0_hat = torch.tensor(3.0, requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    loss = equilibrium.through_sample(lambda sample: (weight * sample.square()).sum(), 1 * x0_hat)
+    loss.backward()
+    assert loss.item() == 12
+    assert weight.grad is None
+    assert x0_hat.grad is not None and x0_hat.grad.item() == 12

@@ -19,6 +19,14 @@ from pose_core.training.turns import Turn
 
 GLOBAL_CLIPS = 4
 PHASES = ["priming", "equilibrium"]
+ONE_BASE = ["training.generator=one_base", "training.lora_rank=2"]
+CASES: dict[str, list[str]] = {
+    "priming": [],
+    "equilibrium": [],
+    "priming, one base": ONE_BASE,
+    "equilibrium, one base": ONE_BASE,
+}
+"""Phases as they are built by default, and with all roles on one set of frozen weights."""
 TINY = [
     "priming.fake_lora_rank=2",
     # The LoRA's first matrix has no gradient until its second has moved.
@@ -26,6 +34,8 @@ TINY = [
     "equilibrium.feature_blocks=[0, 1]",
     "equilibrium.head_width=16",
     "equilibrium.semantic_queries=2",
+    # Two ranks then measure the penalty on the same clips as one.
+    "equilibrium.r1_every_clips=2",
 ]
 
 
@@ -90,7 +100,8 @@ class Phase:
 
 def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False) -> Phase:
     """A new phase whose generator starts from the teacher in ``folder``; overrides as a person would type them."""
-    settings = config.load("", [*TINY, *overrides])
+    settings = config.load("", [*TINY, *CASES[name], *overrides])
+    name = name.split(",")[0]
     null_text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(99))
     networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"))
     if sharded:
@@ -116,6 +127,8 @@ def batches(first_step: int) -> Iterator[Batch]:
 def modules(networks: Networks) -> dict[str, torch.nn.Module]:
     """Every network by its role."""
     found = {role: getattr(networks, role).module for role in ("generator", "average", "teacher")}
+    if networks.discriminator is not None:
+        found["discriminator"] = networks.discriminator.module
     return found if networks.heads is None else found | {"heads": networks.heads}
 
 

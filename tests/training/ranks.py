@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from phases import PHASES, Phase, build_phase, differing, local
+from phases import CASES, Phase, build_phase, differing, local
 from torch import Tensor
 
 from pose_core.training import checkpoint, parallel
@@ -41,7 +41,7 @@ def _rank(rank: int, folder: Path, out: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=RANKS)
     try:
-        found = {name: {**_float32(name, folder, out), **_bfloat16(name, folder)} for name in PHASES}
+        found = {name: {**_float32(name, folder, out), **_bfloat16(name, folder)} for name in CASES}
         torch.save(found, out / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from phases import Phase, batches, build_phase
 
-from pose_core.models.lora import fake_score_parameters, without_fake_score
 from pose_core.training.state import Draws
 
 CPU = torch.device("cpu")
@@ -56,7 +55,8 @@ def test_shapes_ranges_and_spread() -> None:
 @pytest.fixture
 def phase(tiny_folder: Path) -> Phase:
     phase = build_phase("priming", tiny_folder)
-    for parameter in fake_score_parameters(phase.networks.teacher.module).values():
+    assert phase.networks.fake is not None
+    for parameter in phase.networks.fake.weights().values():
         parameter.data.add_(0.05)
     return phase
 
@@ -64,10 +64,9 @@ def phase(tiny_folder: Path) -> Phase:
 @torch.no_grad()
 def test_the_real_score_is_the_guided_teacher_without_the_fake_scores_lora(phase: Phase) -> None:
     networks, batch, t = phase.networks, next(batches(0)), torch.tensor([0.2, 0.5, 0.8, 1.0])
-    with without_fake_score(networks.teacher.module):
-        conditional = networks.teacher.velocity(batch.x_0, t, batch.condition)
-        null = batch.condition.with_text(networks.null_text)
-        unconditional = networks.teacher.velocity(batch.x_0, t, null)
+    conditional = networks.teacher.velocity(batch.x_0, t, batch.condition)
+    null = batch.condition.with_text(networks.null_text)
+    unconditional = networks.teacher.velocity(batch.x_0, t, null)
     guided = networks.v_real(batch.condition, 3.0)(batch.x_0, t)
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional))
     assert torch.equal(networks.v_real(batch.condition, 1.0)(batch.x_0, t), conditional)
@@ -92,9 +91,8 @@ def test_roles_that_do_not_exist_have_no_parameters(tiny_folder: Path) -> None:
 def test_the_teacher_and_the_average_are_frozen(tiny_folder: Path) -> None:
     for name in ("priming", "equilibrium"):
         networks = build_phase(name, tiny_folder).networks
-        own = set(map(id, fake_score_parameters(networks.teacher.module).values()))
-        frozen = [*networks.average.module.parameters(), *networks.teacher.module.parameters()]
-        assert not any(parameter.requires_grad for parameter in frozen if id(parameter) not in own)
+        frozen = [*networks.average.weights().values(), *networks.teacher.weights().values()]
+        assert not any(parameter.requires_grad for parameter in frozen)
 
 
 def test_on_the_meta_device_nothing_holds_memory(tiny_folder: Path) -> None:
@@ -106,5 +104,4 @@ def test_on_the_meta_device_nothing_holds_memory(tiny_folder: Path) -> None:
         "equilibrium", settings, tiny_folder, tiny_folder, torch.zeros(1, 6, 32), device=CPU, meta=True
     )
     assert networks.heads is not None
-    models = networks.generator.module, networks.average.module, networks.teacher.module, networks.heads
-    assert all(parameter.is_meta for model in models for parameter in model.parameters())
+    assert all(parameter.is_meta for module in networks.modules() for parameter in module.parameters())

@@ -35,16 +35,18 @@ def draws_of(label: str, seed: int = 0) -> Draws:
 
 def named_by(phase: Phase, turns: list[turns_module.Turn]) -> set[str]:
     """Names in ``weights`` of the parameters that ``turns`` say they update."""
-    owner = {"generator": "generator", "fake_score": "teacher", "heads": "heads"}
+    owner = {"fake_score": "teacher"}
     groups = phase.networks.groups()
-    return {f"{owner[turn.updates]}/{name}" for turn in turns for name in groups[turn.updates]}
+    return {f"{owner.get(group, group)}/{name}" for turn in turns for group in turn.updates for name in groups[group]}
 
 
 def test_the_table_in_the_source_says_what_the_turns_do(tiny_folder: Path) -> None:
     rows = [line.strip("|").split("|") for line in (turns_module.__doc__ or "").splitlines() if line.startswith("| ")]
     table = [tuple(cell.strip() for cell in row[:3]) for row in rows[1:]]
     phases = {name: build_phase(name, tiny_folder) for name in PHASES}
-    assert table == [(name, turn.name, turn.updates) for name, phase in phases.items() for turn in phase.turns]
+    assert table == [
+        (name, turn.name, ", ".join(turn.updates)) for name, phase in phases.items() for turn in phase.turns
+    ]
 
 
 @pytest.mark.parametrize(("name", "taken"), CASES)
@@ -55,7 +57,10 @@ def test_one_step_changes_exactly_what_its_turns_name(tiny_folder: Path, name: s
     phase.train(0, 1, turns=turns)
     after = weights(phase)
     changed = {key for key in differing(before, after) if not key.startswith("average/")}
-    assert changed == named_by(phase, turns)
+    named = named_by(phase, turns)
+    # A head's last bias has no gradient while all logits are within the hinge's margins.
+    last = {"heads/token_heads.0.3.bias", "heads/token_heads.1.3.bias", "heads/semantic_head.logit.bias"}
+    assert changed <= named and named - changed <= last
 
 
 @pytest.mark.parametrize("name", PHASES)
