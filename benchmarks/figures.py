@@ -31,8 +31,8 @@ class Figure:
 
     figure  its name
     value   in ``unit``; kept to four significant digits
-    unit    ``x`` for a ratio, ``s`` for seconds
-    bar     the least that is good enough, None where nothing is asked
+    unit    ``x`` for a ratio, ``s`` for seconds, ``B`` for bytes
+    bar     the least that is good enough, of a cost the most; None where nothing is asked
     n       measurements the value is the median of
     """
 
