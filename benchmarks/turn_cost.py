@@ -2,8 +2,8 @@
 
 Turns are timed as the training loop takes them, loss and backward pass, on one torch thread, each between two plain
 passes of flow matching on the generator: whatever slows the machine down slows both. The transformer is a small Wan
-with an image branch, wide enough that its matrices and not Python are what is timed. Bytes are those of the published 14B
-image-to-video model on one worker in bfloat16, counted on networks built without weights by the training's own code.
+with an image branch, wide enough that its matrices and not Python are what is timed. Bytes are those of the published
+14B image-to-video model on one worker in bfloat16, counted on networks built without weights by the training's code.
 """
 
 from __future__ import annotations
