@@ -23,12 +23,12 @@ from figures import Figure, positive_int, record, show
 from PIL import Image
 from torch import Tensor
 
-from pose_core.config import Settings
 from pose_core.errors import CheckpointError, PoseError
 from pose_core.inference.sampler import OneStepSampler, sample_generator, sample_teacher
 from pose_core.models.codec import WanCodec
 from pose_core.models.folders import find_folder
 from pose_core.models.video_model import Condition, VideoModel
+from pose_core.settings import Settings
 
 STEPS = 50
 GUIDANCE = 2.0  # any scale but 1 costs two evaluations a step

@@ -22,11 +22,11 @@ from figures import Figure, positive_int, record, show
 from torch import Tensor
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.method.flow import flow_matching
 from pose_core.models import small
 from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.models.video_model import Condition
+from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
 from pose_core.training.plan import PHASES, plan_run
 from pose_core.training.state import Batch, Draws, Networks

@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
-LEAVES = {"config", "errors"}
+LEAVES = {"config", "errors", "settings"}
 BOTTOM = {"method", "rivals", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
     "errors": set[str](),
-    "config": {"errors"},
+    "config": {"errors", "settings"},
+    "settings": set[str](),
     "method": {"method"},
     "rivals": {"rivals", "method"},
     "models": {"models", "errors"},

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.errors import ConfigError
+from pose_core.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))

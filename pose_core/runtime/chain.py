@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.jobs import Chain
 from pose_core.runtime.progress import EVENTS_VARIABLE, display, replay
 from pose_core.runtime.session import Session
 from pose_core.runtime.stage import parent_run
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 CONFIG = "config.yaml"
 

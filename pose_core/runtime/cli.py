@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.errors import ConfigError, PoseError
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "digits_i2v.yaml"
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from pose_core.config import DataSettings
 from pose_core.data.clips import ClipRules, clips_of
 from pose_core.data.shards import from_table, parquet_bytes, quarantine_line, read_parquet_bytes, to_table
 from pose_core.errors import DataError
 from pose_core.runtime.storage import Store
+from pose_core.settings import DataSettings
 
 TRAINED_ON = ("latents", "text", "image", "first_frame")
 NULL_TEXT = "null_text.parquet"

@@ -11,7 +11,6 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pose_core.config import Settings
 from pose_core.errors import DataError
 from pose_core.models.folders import find_folder
 from pose_core.models.parts import ClipShapes, Shape
@@ -22,6 +21,7 @@ from pose_core.runtime.preflight import check_models
 from pose_core.runtime.preparing import MOVING_DIGITS
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan
 
 COLUMNS = 100

@@ -12,7 +12,6 @@ import ray
 import torch
 from ray.util import ActorPool
 
-from pose_core.config import Settings
 from pose_core.errors import CheckpointError
 from pose_core.evaluation.judge import Judge
 from pose_core.evaluation.metrics import plain_figures, score
@@ -26,6 +25,7 @@ from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 from pose_core.training.state import Draws
 
 

@@ -20,11 +20,11 @@ import aiohttp
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pose_core.config import Settings
 from pose_core.errors import ClusterError
 from pose_core.runtime.cluster import locate_code
 from pose_core.runtime.manifests import STAGES, is_done
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 _STOP_SECONDS = 30.0
 _LOST_SECONDS = 30.0

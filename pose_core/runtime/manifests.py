@@ -18,10 +18,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pose_core.config import Settings
 from pose_core.errors import ConfigError
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pose_core.config import Settings
 from pose_core.runtime.datasets import Prepared
 from pose_core.runtime.storage import Store
 from pose_core.runtime.tracking import Tracker
+from pose_core.settings import Settings
 
 
 @dataclass(frozen=True)

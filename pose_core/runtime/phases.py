@@ -11,13 +11,13 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pose_core.config import Settings
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
 from pose_core.runtime.worker import run_phase
+from pose_core.settings import Settings
 
 SHARE_OF_DATA_TASKS = 1.1
 """Rows planned over rows needed: an equal split over the workers drops the remainder of a block."""

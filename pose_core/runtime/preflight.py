@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pose_core.config import Settings
 from pose_core.errors import CheckpointError
 from pose_core.models.folders import find_folder, local_teacher
 from pose_core.models.parts import check_parts
+from pose_core.settings import Settings
 from pose_core.training.plan import Plan, plan_run
 
 

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pose_core.config import DataSettings
 from pose_core.data.shards import digits_tar
 from pose_core.errors import DataError
 from pose_core.runtime.datasets import Prepared, clip_rules, prepare
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
+from pose_core.settings import DataSettings
 
 MOVING_DIGITS = "moving_digits"
 QUARANTINE = "quarantine.jsonl"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import ray
 
-from pose_core.config import Settings
 from pose_core.models.folders import find_folder
 from pose_core.runtime.cluster import connect, current_dashboard_url
 from pose_core.runtime.local_ray import LocalRay
@@ -19,6 +18,7 @@ from pose_core.runtime.preflight import check_models
 from pose_core.runtime.progress import EVENTS_VARIABLE
 from pose_core.runtime.storage import Store
 from pose_core.runtime.tracking import tracking_uri
+from pose_core.settings import Settings
 
 EMBEDDED = "embedded"
 STATE_FOLDER = ".pose"

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pose_core.config import Settings
 from pose_core.runtime import manifests
 from pose_core.runtime.progress import Display, display
 from pose_core.runtime.storage import Store
 from pose_core.runtime.tracking import Tracker, start_child, start_parent
+from pose_core.settings import Settings
 
 
 @dataclass

@@ -15,7 +15,6 @@ import ray.train
 import torch
 from torch import Tensor
 
-from pose_core.config import Settings
 from pose_core.data.clips import encode_mp4
 from pose_core.evaluation.pictures import contact_sheet, side_by_side
 from pose_core.inference.sampler import sample_generator
@@ -25,6 +24,7 @@ from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.settings import Settings
 from pose_core.training import build, checkpoint, loop, parallel
 from pose_core.training.state import Batch, Draws, Networks
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pose_core.config import Settings
 from pose_core.models import wan
 from pose_core.models.heads import DiscriminatorHeads
 from pose_core.models.lora import ADAPTER_FILE, Role, add_adapter, checkpoint_activations, load_adapter
 from pose_core.models.video_model import VideoModel
 from pose_core.models.wan import Wan, read_config
+from pose_core.settings import Settings
 from pose_core.training import parallel
 from pose_core.training.rival_turns import apt_turns, dmd2_turns, ladd_turns, lcm_turns
 from pose_core.training.state import Networks

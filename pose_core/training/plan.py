@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pose_core.config import Settings
 from pose_core.errors import ConfigError
 from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
+from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
 from pose_core.training.parallel import PRECISIONS
 from pose_core.training.state import Networks

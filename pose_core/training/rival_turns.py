@@ -19,11 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pose_core.config import Settings
 from pose_core.method import adversarial_equilibrium as equilibrium
 from pose_core.method import stability_priming as priming
 from pose_core.method.flow import add_noise, one_step
 from pose_core.rivals import apt, lcm
+from pose_core.settings import Settings
 from pose_core.training.state import Batch, Draws, Networks
 from pose_core.training.turns import (
     Losses,

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.data.shards import write_tar
 from pose_core.errors import PoseError
 from pose_core.models.folders import SHIPPED, local_teacher
@@ -21,6 +20,7 @@ from pose_core.models.wan import read_config
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.dry_run import dry_run
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 PRESETS = {"wan21_t2v_1_3b": 8, "wan21_i2v_14b": 32}
 

@@ -17,7 +17,6 @@ import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from pose_core.config import Settings
 from pose_core.errors import ClusterError
 from pose_core.runtime import cluster, jobs
 from pose_core.runtime.cluster import connect
@@ -25,6 +24,7 @@ from pose_core.runtime.jobs import Chain, run_job
 from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.manifests import STAGES, is_done, run_prefix
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,7 +164,7 @@ def test_a_stage_without_manifest_did_not_succeed(tmp_path: Path, monkeypatch: p
 
 STAGE_SCRIPT = """
 import os, sys
-from pose_core.config import Settings
+from pose_core.settings import Settings
 from pose_core.runtime.manifests import STAGES, begin, write_manifest
 from pose_core.runtime.storage import Store
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.errors import ConfigError
 from pose_core.runtime.manifests import (
     _HOW_NOT_WHAT,
@@ -21,6 +20,7 @@ from pose_core.runtime.manifests import (
     write_manifest,
 )
 from pose_core.runtime.storage import Store
+from pose_core.settings import Settings
 
 PREPARE, PRIMING, EQUILIBRIUM = (
     STAGES[name] for name in ("prepare_data", "stability_priming", "adversarial_equilibrium")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.models.video_model import Condition
+from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.state import Batch, Networks
 from pose_core.training.turns import Turn

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pose_core import config
-from pose_core.config import Settings
 from pose_core.errors import CheckpointError, ConfigError
 from pose_core.models.folders import SHIPPED, local_teacher
+from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns, shard_networks
 from pose_core.training.loop import build_optimizers
 from pose_core.training.plan import PHASES, count, plan_run
