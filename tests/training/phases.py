@@ -27,6 +27,8 @@ CASES: dict[str, list[str]] = {
     "equilibrium, one base": ONE_BASE,
 }
 """Phases as they are built by default, and with all roles on one set of frozen weights."""
+LAST_BIASES = {"heads/token_heads.0.3.bias", "heads/token_heads.1.3.bias", "heads/semantic_head.logit.bias"}
+"""A head's last bias has no gradient but rounding while all logits are within the hinge's margins."""
 TINY = [
     "priming.fake_lora_rank=2",
     # The LoRA's first matrix has no gradient until its second has moved.

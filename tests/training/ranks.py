@@ -41,7 +41,10 @@ def _rank(rank: int, folder: Path, out: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=RANKS)
     try:
-        found = {name: {**_float32(name, folder, out), **_bfloat16(name, folder)} for name in CASES}
+        found = {
+            name: {**_float32(name, folder, out), **_bfloat16(name, folder), "moved": moved_by_turn(name, folder, True)}
+            for name in CASES
+        }
         torch.save(found, out / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -65,6 +68,19 @@ def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:
         "average": parallel.gather_weights(phase.networks.average.module),
         "held": sum(local(parameter).numel() for parameter in phase.networks.generator.module.parameters()),
     }
+
+
+def moved_by_turn(name: str, folder: Path, sharded: bool) -> dict[str, list[str]]:
+    """Names of the weights that differ, bit by bit, after one step of each turn alone."""
+    found = {}
+    for index in range(len(build_phase(name, folder).turns)):
+        phase = build_phase(name, folder, sharded=sharded)
+        before = phase.tensors()
+        phase.train(0, 1, turns=[phase.turns[index]])
+        after = phase.tensors()
+        changed = differing(before, {key: after[key] for key in before})
+        found[phase.turns[index].name] = sorted(key for key in changed if not key.startswith("average/"))
+    return found
 
 
 def _bfloat16(name: str, folder: Path) -> dict[str, Any]:

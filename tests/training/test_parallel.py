@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from phases import CASES, PHASES, Phase, build_phase
-from ranks import LAST_STEP, SAVED_STEP, run_ranks
+from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase
+from ranks import LAST_STEP, SAVED_STEP, moved_by_turn, run_ranks
 from torch import nn
 
 from pose_core.training import checkpoint, parallel
@@ -84,6 +84,15 @@ def test_two_ranks_end_with_the_weights_and_the_average_of_one_process(ranks, al
             # AdamW moves a weight whose gradient is rounding alone by up to a learning rate a step (here 5e-4).
             assert (gathered[key] - value).abs().max() <= 2 * LAST_STEP * 5e-4, (role, key)
             assert (gathered[key] - value).abs().mean() <= 1e-5, (role, key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_turn_moves_the_same_weights_on_two_ranks_as_in_one_process(ranks, tiny_folder: Path, name: str) -> None:
+    alone = moved_by_turn(name, tiny_folder, sharded=False)
+    for turn, moved in alone.items():
+        # A rank may hold no row of a small weight: what moved is what moved on any of them.
+        both = {key for rank in ranks for key in rank[name]["moved"][turn]}
+        assert both ^ set(moved) <= LAST_BIASES, turn
 
 
 @pytest.mark.parametrize("name", PHASES)
