@@ -57,7 +57,9 @@ class SamplingActor:
         """Videos ``[B, T, H, W, 3]`` uint8 of batch ``index`` by how they were made, all from the same noise."""
         columns = {name: torch.tensor(rows[name], device=self.device) for name in TRAINED_ON if name in rows}
         condition = Condition(columns["text"], columns.get("image"), columns.get("first_frame"))
-        noise = Draws(self.settings.run.seed, index, "evaluation", 0, 1, self.device).normal(columns["latents"])
+        draws = Draws(self.settings.run.seed, index, "evaluation", 0, 1, self.device)
+        noises = [draws.normal(columns["latents"]) for _ in range(max((1, *self.settings.evaluation.few_steps)))]
+        noise = noises[0]
         evaluation, shift = self.settings.evaluation, self.settings.model.timestep_shift
         many, guidance = evaluation.teacher_steps, evaluation.guidance
         latents = {
@@ -68,6 +70,8 @@ class SamplingActor:
         }
         for name, model in self.generators.items():
             latents[name] = sample_generator(model, condition, [noise])
+        for steps in evaluation.few_steps:
+            latents[f"{steps}_steps"] = sample_generator(self.generators["one_step"], condition, noises[:steps])
         return index, {name: self._to_uint8(value) for name, value in latents.items()}
 
     def _to_uint8(self, latents: torch.Tensor) -> np.ndarray:

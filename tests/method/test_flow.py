@@ -98,6 +98,13 @@ def test_sampled_times_fill_the_window_and_are_then_shifted() -> None:
     torch.testing.assert_close(flow.sample_times(times(0.5), 0.0, 1.0, shift=3.0), times(0.75))
 
 
+def test_logit_normal_times_are_symmetric_around_the_middle_of_their_window() -> None:
+    # The normal quantile of 0.841345 is 1, its sigmoid 0.731059.
+    found = flow.sample_times(times(0.158655, 0.5, 0.841345), 0.0, 1.0, middle=True)
+    torch.testing.assert_close(found, times(0.268941, 0.5, 0.731059), rtol=1e-5, atol=1e-5)
+    assert flow.sample_times(times(0.0), 0.1, 0.9, middle=True).item() == pytest.approx(0.1)
+
+
 def test_one_euler_step_is_the_one_step_map() -> None:
     eps = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 

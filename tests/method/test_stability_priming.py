@@ -42,6 +42,18 @@ def test_the_matching_gradient_is_fake_minus_real_over_the_distance_to_the_real_
     assert gradient.item() == pytest.approx(3 / 4)
 
 
+def test_without_normalisation_it_is_fake_minus_real() -> None:
+    gradient = priming.matching_gradient(
+        times_input(1.0), times_input(2.0), clips(4), clips(8), times(0.5), normalise=False
+    )
+    assert gradient.item() == pytest.approx(3)
+
+
+def test_a_fixed_window_stays_and_a_moving_one_goes_from_high_to_low_snr() -> None:
+    assert [priming.window_start(progress, 0.9, 0.9) for progress in (0.0, 0.5, 1.0)] == [0.9, 0.9, 0.9]
+    assert [priming.window_start(progress, 0.5, 0.9) for progress in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.7, 0.9])
+
+
 def test_the_matching_gradient_is_normalised_clip_by_clip() -> None:
     x0_hat = torch.tensor([[1.0, 3.0], [10.0, 30.0]], dtype=torch.float64).view(2, 1, 1, 1, 2)
     zeros, ones = torch.zeros_like(x0_hat), torch.ones_like(x0_hat)
