@@ -222,6 +222,8 @@ class EvaluationSettings(Section):
     """Held-out clips that are generated; as many others, where there are any, are the reference of the figures."""
     batch_clips: PositiveInt = 16
     teacher_steps: PositiveInt = 50
+    few_steps: tuple[Annotated[int, Field(ge=2)], ...] = (4,)
+    """Numbers of steps, besides one, that the generator is sampled in too."""
     guidance: Annotated[float, Field(ge=0)] = 2.0
     workers: PositiveInt = 2
     judge: str = "teachers/digits_judge"
