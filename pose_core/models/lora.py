@@ -80,16 +80,17 @@ class Role:
 
 
 def add_adapter(model: VideoModel, adapter: str, rank: int) -> Role:
-    """Freeze the base's own weights and add a LoRA that changes nothing yet."""
+    """Freeze the base's own weights and add a LoRA, in float32, that changes nothing yet."""
     for name, parameter in model.module.named_parameters():
         if ".lora_" not in name:
             parameter.requires_grad_(False)
     model.module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=adapter)
     role = Role(model, adapter)
-    # peft lets only the newest adapter learn; here each learns unless its owner freezes it.
+    # peft lets only the newest adapter learn; here each learns unless its owner freezes it, and all in float32.
     for name, parameter in model.module.named_parameters():
         if ".lora_" in name:
             parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
     return role
 
 

@@ -150,10 +150,13 @@ def count_image_tokens(folder: Path) -> int:
     return (vision["image_size"] // vision["patch_size"]) ** 2 + 1
 
 
-def load(folder: Path, *, image_tokens: int | None = None, meta: bool = False) -> Wan:
+def load(
+    folder: Path, *, image_tokens: int | None = None, meta: bool = False, dtype: torch.dtype = torch.float32
+) -> Wan:
     """The transformer of a diffusers folder; ``meta=True`` builds it without weights or memory.
 
-    ``image_tokens`` need only be given where the folder holds nothing but a transformer.
+    ``image_tokens`` need only be given where the folder holds nothing but a transformer; ``dtype`` is what its weights
+    are kept in.
 
     Raises:
         CheckpointError: when the folder lacks its config or its weights, or they do not fit each other.
@@ -167,10 +170,10 @@ def load(folder: Path, *, image_tokens: int | None = None, meta: bool = False) -
     tokens = count_image_tokens(folder) if image_tokens is None else image_tokens
     if meta:
         with torch.device("meta"):
-            return Wan(WanTransformer3DModel.from_config(config), tokens)
+            return Wan(WanTransformer3DModel.from_config(config).to(dtype), tokens)
     try:
         module, keys = WanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=torch.float32, output_loading_info=True
+            folder, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -183,4 +186,5 @@ def load(folder: Path, *, image_tokens: int | None = None, meta: bool = False) -
                 "its weights and its config.json must belong together",
                 in_call=True,
             )
-    return Wan(module, tokens)
+    # The stock loader keeps some weights in float32 whatever it is asked for.
+    return Wan(module.to(dtype), tokens)

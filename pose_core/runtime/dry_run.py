@@ -203,7 +203,7 @@ def _workers(settings: Settings, plan: Plan) -> Table:
         table.add_column(phase, justify="right")
     phases = [plan.workers[phase] for phase in PHASES]
     for name, values in {
-        "its shard of the weights, float32": [each.weights for each in phases],
+        "its shard of the weights": [each.weights for each in phases],
         "gradients": [each.gradients for each in phases],
         "AdamW's two moments": [each.moments for each in phases],
         "running average": [each.average for each in phases],

@@ -74,17 +74,18 @@ def _roles(
 ) -> Networks:
     """Generator, average, teacher and fake score, on as many sets of weights as ``training.generator`` asks for."""
     training = settings.training
-    frozen = Role(_model(teacher, meta, teacher))
-    fake_rank = settings.priming.fake_lora_rank
     if training.generator == "full":
-        learning, average = Role(_model(generator, meta, teacher)), Role(_model(generator, meta, teacher))
+        frozen = Role(_model(teacher, meta, teacher))
+        learning, average = (Role(_model(generator, meta, teacher)) for _ in range(2))
     else:
-        shared = frozen.base if training.generator == "one_base" else _model(teacher, meta, teacher)
+        # What never moves is kept in the precision of computation; adapters are added in float32.
+        dtype = parallel.PRECISIONS[training.precision]
+        frozen = Role(_model(teacher, meta, teacher, dtype))
+        shared = frozen.base if training.generator == "one_base" else _model(teacher, meta, teacher, dtype)
         learning, average = (_adapter(shared, name, training.lora_rank, settings) for name in ("generator", "average"))
         if not meta:
             _start_from(learning, average, generator)
-    fake = _adapter(frozen.base, "fake_score", fake_rank, settings) if with_fake else None
-    _store_compactly(settings, frozen, learning)
+    fake = _adapter(frozen.base, "fake_score", settings.priming.fake_lora_rank, settings) if with_fake else None
     return Networks(learning, average, frozen, null_text, fake)
 
 
@@ -110,16 +111,6 @@ def _copy(source: Role, target: Role) -> None:
         kept.copy_(new)
 
 
-def _store_compactly(settings: Settings, *roles: Role) -> None:
-    """Frozen weights are kept in the precision of computation; what learns keeps its float32."""
-    if settings.training.generator == "full":
-        return
-    for role in roles:
-        for name, parameter in role.module.named_parameters():
-            if ".lora_" not in name:
-                parameter.data = parameter.data.to(parallel.PRECISIONS[settings.training.precision])
-
-
 def shard_networks(networks: Networks, settings: Settings) -> None:
     """Apply FSDP2 to every network in place."""
     for model in networks.models():
@@ -136,8 +127,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _model(folder: Path, meta: bool, teacher: Path) -> Wan:
-    return wan.load(folder, image_tokens=wan.count_image_tokens(teacher), meta=meta)
+def _model(folder: Path, meta: bool, teacher: Path, dtype: torch.dtype = torch.float32) -> Wan:
+    return wan.load(folder, image_tokens=wan.count_image_tokens(teacher), meta=meta, dtype=dtype)
 
 
 def _heads(settings: Settings, teacher: Path, generator: VideoModel, meta: bool) -> DiscriminatorHeads:

@@ -33,7 +33,7 @@ class WorkerBytes:
     """What one training worker holds in a phase, in bytes; activations come on top."""
 
     weights: int
-    """Its shard of generator, teacher, fake score and heads, float32."""
+    """Its shard of generator, teacher, fake score and heads, in the precision each is kept in."""
     gradients: int
     moments: int
     average: int
@@ -57,7 +57,7 @@ class Plan:
     workers: dict[str, WorkerBytes]
     """What one worker holds, by phase."""
     loading: int
-    """Bytes of the networks that a worker has loaded whole, float32, when it starts to shard them."""
+    """Bytes of the networks that a worker has loaded whole when it starts to shard them."""
 
 
 def plan_run(settings: Settings, teacher: Path) -> Plan:
@@ -80,7 +80,7 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
         clip,
         _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
         {phase: _worker(phase, settings, networks[phase], clip) for phase in PHASES},
-        max(FLOAT32_BYTES * sum(map(count, each.modules())) for each in networks.values()),
+        max(_bytes(_everything(each), 1) for each in networks.values()),
     )
 
 
@@ -112,6 +112,10 @@ def _roles(priming: Networks, heads: nn.Module | None) -> dict[str, int]:
     return found | {"heads": count(heads) if heads is not None else 0}
 
 
+def _everything(networks: Networks) -> list[nn.Parameter]:
+    return [parameter for module in networks.modules() for parameter in module.parameters()]
+
+
 def _total(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
@@ -125,7 +129,7 @@ def _worker(phase: str, settings: Settings, networks: Networks, clip: ClipShapes
     groups = networks.groups()
     trained = [p for turn in phase_turns(phase, settings) for group in turn.updates for p in groups[group].values()]
     average = {id(parameter) for parameter in networks.average.weights().values()}
-    others = [p for module in networks.modules() for p in module.parameters() if id(p) not in average]
+    others = [parameter for parameter in _everything(networks) if id(parameter) not in average]
     gradients = FLOAT32_BYTES * _shard(trained, workers)
     row = sum(map(math.prod, clip.trained_on))
     return WorkerBytes(

@@ -20,7 +20,7 @@ from pose_core.models.wan import read_config
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.dry_run import dry_run
 from pose_core.runtime.storage import Store
-from pose_core.settings import Settings
+from pose_core.settings import Settings, TrackingSettings
 
 PRESETS = {"wan21_t2v_1_3b": 8, "wan21_i2v_14b": 32}
 
@@ -79,7 +79,7 @@ def test_presets_hold_the_papers_settings(name: str) -> None:
     assert {priming.guidance, equilibrium.guidance, settings.evaluation.guidance} == {5.0}
     assert settings.model.timestep_shift == 3
     assert settings.training.workers == PRESETS[name]
-    assert settings.tracking == config.TrackingSettings()
+    assert settings.tracking == TrackingSettings()
 
 
 @pytest.mark.parametrize("name", PRESETS)
