@@ -41,15 +41,16 @@ class Stage:
         return f"pipelines/{self.name}.py"
 
 
+PHASE = ("run", "model", "data", "method", "training", "alarms")
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("prepare_data", (), ("run", "model", "data")),
-        Stage("stability_priming", ("prepare_data",), ("run", "model", "data", "training", "priming")),
+        Stage("stability_priming", ("prepare_data",), (*PHASE, "priming")),
         Stage(
             "adversarial_equilibrium",
             ("prepare_data", "stability_priming"),
-            ("run", "model", "data", "training", "equilibrium"),
+            (*PHASE, "equilibrium"),
         ),
         Stage(
             "evaluate",
@@ -105,7 +106,11 @@ def fingerprint(stage: Stage, settings: Settings) -> str:
 
     The code's version is not part of it: a run goes on after an update of the code.
     """
-    values = settings.model_dump(mode="json", include=set(stage.settings))
+    sections = set(stage.settings)
+    if "method" in sections and settings.method.name != "pose":
+        # A rival's phases read what is theirs, and of both of POSE's phases what they share with them.
+        sections |= {"rivals", "priming", "equilibrium"}
+    values = settings.model_dump(mode="json", include=sections)
     for section, keys in _HOW_NOT_WHAT.items():
         for key in keys & values.get(section, {}).keys():
             del values[section][key]

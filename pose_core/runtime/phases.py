@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -12,11 +12,12 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pose_core.errors import ClusterError, PoseError
+from pose_core.runtime.failures import EndAtOnce
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
-from pose_core.runtime.worker import run_phase
+from pose_core.runtime.worker import GOOD_STEP, run_phase
 from pose_core.settings import Settings
 
 SHARE_OF_DATA_TASKS = 1.1
@@ -30,6 +31,7 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
     resumes from the last checkpoint that was made with the same fingerprint.
 
     Raises:
+        PoseError: what a worker raised, if a restart would not help.
         ClusterError: the phase failed more often than ``training.max_failures`` allows.
     """
     generator = run.artifact_of(start_from) if start_from else None
@@ -66,28 +68,36 @@ def _trainer(job: PhaseJob, checkpoints: Store, fingerprint: str) -> TorchTraine
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
+            # The newest that no alarm rang at outlive those one rang at; the newest of all always stays.
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=training.keep_checkpoints, checkpoint_score_attribute=GOOD_STEP
+            ),
+            callbacks=[EndAtOnce()],
         ),
     )
 
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Holds the newest step and losses of a phase; rank 0 writes, the driver reads."""
+    """Holds the newest step and losses of a phase, and lines worth reading; rank 0 writes, the driver reads."""
 
     def __init__(self) -> None:
         self.newest: tuple[int, dict[str, float]] = (0, {})
-        self.resumed: list[int] = []
+        self.notes: list[str] = []
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Called by rank 0 without waiting; no values mean that it has just begun, at ``step``."""
         if not values and (step or self.newest[0]):
-            self.resumed.append(step)
+            self.note(f"goes on from step {step}")
         self.newest = (step, values)
 
-    def read(self) -> tuple[int, dict[str, float], list[int]]:
-        """The newest step, its values, and the steps at which the phase went on after an interruption so far."""
-        return *self.newest, self.resumed
+    def note(self, text: str) -> None:
+        """Called by rank 0 without waiting, with one line for the person who watches."""
+        self.notes.append(text)
+
+    def read(self) -> tuple[int, dict[str, float], list[str]]:
+        """The newest step, its values, and all lines so far."""
+        return *self.newest, self.notes
 
 
 @contextmanager
@@ -95,34 +105,41 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
     """A board whose content a thread keeps drawing until the phase ends."""
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
     ended = threading.Event()
+    last, told = -1, 0
 
     def draw() -> None:
-        last, told = -1, 0
-        while not ended.wait(1.0):
-            step, values, resumed = ray.get(board.read.remote())
-            for first in resumed[told:]:
-                run.display.note(f"{run.name:<24} goes on from step {first}")
-            told = len(resumed)
-            if step != last:
-                run.display.update(run.name, step, steps, **values)
-                last = step
+        nonlocal last, told
+        step, values, notes = ray.get(board.read.remote())
+        for text in notes[told:]:
+            run.display.note(f"{run.name:<24} {text}")
+        told = len(notes)
+        if step != last:
+            run.display.update(run.name, step, steps, **values)
+            last = step
 
-    thread = threading.Thread(target=draw, daemon=True)
+    def keep_drawing() -> None:
+        while not ended.wait(1.0):
+            draw()
+
+    thread = threading.Thread(target=keep_drawing, daemon=True)
     thread.start()
     try:
         yield board
-        step, values, _ = ray.get(board.read.remote())
-        run.display.update(run.name, step, steps, **values)
     finally:
         ended.set()
         thread.join(timeout=5)
+        # Also after a failure: the lines before it may say why.
+        with suppress(ray.exceptions.RayError):
+            draw()
         ray.kill(board)
 
 
 def _plain(error: Exception, stage: str) -> PoseError:
     """The error a worker meant, if it was one of ours; else one line about what ended the phase."""
+    while isinstance(error, ray.train.ControllerError):
+        error = error.controller_failure
     causes = list(getattr(error, "worker_failures", {}).values())
-    for cause in causes:
+    for cause in [error, *causes]:
         inner = getattr(cause, "cause", cause)
         if isinstance(inner, PoseError):
             return inner

@@ -15,18 +15,19 @@ import ray.train
 import torch
 from torch import Tensor
 
-from pose_core.data.clips import encode_mp4
-from pose_core.evaluation.pictures import contact_sheet, side_by_side
-from pose_core.inference.sampler import sample_generator
-from pose_core.method.flow import euler
-from pose_core.models.codec import WanCodec
+from pose_core.errors import PoseError
 from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.runtime.validation import Validation
 from pose_core.settings import Settings
 from pose_core.training import build, checkpoint, loop, parallel
-from pose_core.training.state import Batch, Draws, Networks
+from pose_core.training.alarms import Alarms, Collapse
+from pose_core.training.state import Batch, Networks
+
+GOOD_STEP, ARMED = "good_step", "armed"
+"""Reported with a checkpoint: its step, or 0 where an alarm rang; the figures that alarms watch from then on."""
 
 
 def run_phase(config: dict[str, PhaseJob]) -> None:
@@ -55,6 +56,7 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
             gradient_clip=settings.training.gradient_clip,
             ema_decay=job.ema_decay,
             after_step=watch.after_step,
+            non_finite_steps=settings.alarms.non_finite_steps,
         )
         watch.finish()
         _write_result(job, networks, Path(scratch))
@@ -97,7 +99,7 @@ def _to_batch(rows: dict[str, Any], device: torch.device) -> Batch:
 
 
 class _Watch:
-    """What happens between steps: curves, checkpoints, sample videos and the progress bar."""
+    """What happens between steps: curves, alarms, checkpoints, sample videos and the progress bar."""
 
     def __init__(
         self,
@@ -107,26 +109,36 @@ class _Watch:
         device: torch.device,
         done: int,
     ):
-        self.job, self.networks, self.optimizers, self.device = job, networks, optimizers, device
-        self.settings = job.settings
-        self.rank = parallel.rank()
-        self.started, self.started_at = time.monotonic(), done
-        self.pictures = _Pictures(job, networks, device)
-        self.pictures.prepare()
+        self.job, self.networks, self.optimizers = job, networks, optimizers
+        self.settings, self.rank = job.settings, parallel.rank()
+        self.validation = Validation(job, networks, device)
+        self.good_step, armed = _kept_alarms(done)
+        self.alarms = Alarms(self.validation.teacher_figures, self.settings.alarms.lowest_share, armed)
+        self.stopped = False
         self._report(done, {})
+        if self.settings.alarms.every_steps:
+            self._log_figures(done, "teacher_", self.alarms.teacher)
+            self._has_collapsed(done)
+        self.started, self.started_at = time.monotonic(), done
 
-    def after_step(self, step: int, values: dict[str, Tensor]) -> None:
-        training = self.settings.training
-        if step % self.settings.tracking.log_every_steps == 0 or step == self.job.steps:
+    def after_step(self, step: int, values: dict[str, Tensor]) -> bool:
+        """Whether the phase ends here, because of an alarm."""
+        training, alarms, last = self.settings.training, self.settings.alarms, step == self.job.steps
+        if step % self.settings.tracking.log_every_steps == 0 or last:
             self._report(step, parallel.mean_over_ranks(values))
-        if step % training.sample_every_steps == 0 and step < self.job.steps:
-            self.pictures.log(step)
-        if step % training.checkpoint_every_steps == 0 or step == self.job.steps:
+        if step % training.sample_every_steps == 0 and not last:
+            self.validation.log_pictures(step)
+        checkpoint_due = step % training.checkpoint_every_steps == 0 or last
+        # Before each checkpoint, too: whether it is a good one must be known when it is kept.
+        if alarms.every_steps and (step % alarms.every_steps == 0 or checkpoint_due):
+            self.stopped = self._has_collapsed(step) and alarms.stop_early
+        if checkpoint_due and not self.stopped:
             self._checkpoint(step)
+        return self.stopped
 
     def finish(self) -> None:
-        """The last samples; every curve is in MLflow when this returns."""
-        self.pictures.log(self.job.steps)
+        """Put back what an alarm asks for and log the last samples; every curve is in MLflow when this returns."""
+        self.validation.log_pictures(self._go_back() if self.stopped else self.job.steps)
         if self.rank == 0:
             self.job.tracker.flush()
 
@@ -139,64 +151,71 @@ class _Watch:
         losses = {name.split("/")[0]: value for name, value in values.items() if name.endswith("/loss")}
         self.job.progress.update.remote(step, losses)
 
+    def _has_collapsed(self, step: int) -> bool:
+        """Measure, log and warn; whether any figure is collapsed now, the same on all ranks."""
+        figures = self.validation.figures()
+        if self.rank == 0:
+            for collapse in self.alarms.look(figures):
+                self._warn(step, collapse)
+            self._log_figures(step, "", figures | {"collapsed": len(self.alarms.collapsed)})
+        return parallel.any_rank(torch.tensor(bool(self.alarms.collapsed), device=self.networks.null_text.device))
+
+    def _log_figures(self, step: int, prefix: str, figures: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.job.tracker.log_metrics(step, {f"validation/{prefix}{name}": v for name, v in figures.items()})
+
+    def _warn(self, step: int, collapse: Collapse) -> None:
+        figure, value, teacher = collapse
+        what = f"{figure} fell to {value:.3g} at step {step}, below {self.alarms.lowest_share:g} of the teacher's"
+        kept = f"checkpoint {_name(self.good_step)} is kept" if self.good_step else "there is no checkpoint before it"
+        self.job.progress.note.remote(f"warning: {what} {teacher:.3g} (alarms.lowest_share); {kept}")
+        self.job.tracker.set_tags({f"alarm.{figure}": f"{what} {teacher:.3g}"})
+
     def _checkpoint(self, step: int) -> None:
+        if not self.alarms.collapsed:
+            self.good_step = step
         if self.rank == 0:
             # A worker that dies takes its queued points along; those before a checkpoint are not made again.
             self.job.tracker.flush()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), step, self.networks, self.optimizers)
+            # Ray Train keeps what rank 0 reports, which alone knows of alarms.
+            good_step = 0 if self.alarms.collapsed else step
             ray.train.report(
-                {"step": step},
+                {"step": step, GOOD_STEP: good_step, ARMED: sorted(self.alarms.armed)},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{step:07d}",
+                checkpoint_dir_name=_name(step),
             )
 
-
-class _Pictures:
-    """Sample videos on fixed held-out clips and noise: real, teacher and generator side by side."""
-
-    def __init__(self, job: PhaseJob, networks: Networks, device: torch.device):
-        self.job, self.networks = job, networks
-        rows = job.prepared.heldout(job.settings.training.sample_clips)
-        self.rows = rows
-        columns = {name: torch.tensor(rows[name], device=device) for name in TRAINED_ON if name in rows}
-        self.condition = Condition(columns["text"], columns.get("image"), columns.get("first_frame"))
-        draws = Draws(job.settings.run.seed, 0, "validation", 0, 1, device)
-        self.noise = draws.normal(columns["latents"])
-        self.teacher: np.ndarray | None = None
-        self.codec: WanCodec | None = None
-
-    def prepare(self) -> None:
-        """Sample the teacher once, to stand beside the generator in every picture; every rank takes part."""
-        settings = self.job.settings
-        with torch.no_grad():
-            velocity = self.networks.v_real(self.condition, settings.evaluation.guidance)
-            latents = euler(velocity, self.noise, settings.evaluation.teacher_steps, settings.model.timestep_shift)
-        if parallel.rank() == 0:
-            folder = local_teacher(settings.model.teacher, settings.model.revision)
-            self.codec = WanCodec.load(folder, settings.data.text_tokens)
-            self.teacher = _to_uint8(self.codec.decode(latents))
-
-    def log(self, step: int) -> None:
-        """Sample the averaged generator and log a contact sheet and a video; every rank takes part."""
-        latents = sample_generator(self.networks.average, self.condition, [self.noise])
-        if self.codec is None or self.teacher is None:
-            return
-        generated, real = _to_uint8(self.codec.decode(latents)), self.rows["video"]
-        steps = self.job.settings.evaluation.teacher_steps
-        rows = {"real": real, f"teacher, {steps} steps": self.teacher, "one step": generated}
-        triples = zip(real, self.teacher, generated, strict=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            picture, video = Path(scratch) / f"step-{step:05d}.png", Path(scratch) / f"step-{step:05d}.mp4"
-            contact_sheet([(label, list(videos)) for label, videos in rows.items()], self.rows["prompt"]).save(picture)
-            frames = np.concatenate([side_by_side(list(triple)) for triple in triples])
-            video.write_bytes(encode_mp4(frames, self.job.settings.data.frames_per_second))
-            self.job.tracker.log_file(picture, "samples")
-            self.job.tracker.log_file(video, "samples")
+    def _go_back(self) -> int:
+        """Restore the last checkpoint without an alarm; its step."""
+        found = max(ray.train.get_all_reported_checkpoints(), key=_good_step, default=None)
+        if found is None or not _good_step(found):
+            raise PoseError(
+                "the generator collapsed before its first checkpoint, see the warning above: lower the phase's "
+                "learning rate or training.checkpoint_every_steps, or set alarms.stop_early=false"
+            )
+        if self.rank == 0:
+            self.job.progress.note.remote(f"ends early with the weights of step {_good_step(found)}")
+        with found.checkpoint.as_directory() as folder:
+            return checkpoint.load(Path(folder), self.networks, self.optimizers)
 
 
-def _to_uint8(video: np.ndarray) -> np.ndarray:
-    return (video * 255).round().astype(np.uint8)
+def _kept_alarms(done: int) -> tuple[int, list[str]]:
+    """Of the checkpoint that the phase goes on from: the last step without an alarm, and the armed figures."""
+    if not done:
+        return 0, []
+    found = ray.train.get_all_reported_checkpoints()
+    armed = [name for each in found if each.metrics["step"] == done for name in each.metrics.get(ARMED, [])]
+    return max(map(_good_step, found), default=0), armed
+
+
+def _good_step(reported: ray.train.ReportedCheckpoint) -> int:
+    return reported.metrics.get(GOOD_STEP, 0)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
 
 
 def _write_result(job: PhaseJob, networks: Networks, scratch: Path) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pose_core.errors import PoseError
 from pose_core.training import ema, parallel
 from pose_core.training.state import Batch, Draws, Networks
-from pose_core.training.turns import Turn
+from pose_core.training.turns import Losses, Turn
 
-AfterStep = Callable[[int, dict[str, Tensor]], None]
-"""Called with the number of finished steps and this rank's losses and gradient norms, as scalars by name."""
+AfterStep = Callable[[int, dict[str, Tensor]], bool | None]
+"""Called with the number of finished steps and this rank's losses and gradient norms, as scalars by name.
+
+True, on all ranks, ends the training there."""
 
 
 def build_optimizers(
@@ -39,11 +42,20 @@ def train(
     gradient_clip: float,
     ema_decay: float,
     after_step: AfterStep,
+    non_finite_steps: int = 3,
 ) -> None:
-    """Run steps ``first_step`` to ``steps``; each takes one batch and every turn in order, then moves the average."""
+    """Run steps ``first_step`` to ``steps``; each takes one batch and every turn in order, then moves the average.
+
+    An update whose loss or gradient is not finite on any rank is skipped on all of them: its parameters and optimisers
+    stay as they are. The curve ``<turn>/skipped`` counts them since ``first_step``.
+
+    Raises:
+        PoseError: a turn was skipped ``non_finite_steps`` times in a row.
+    """
     _free_gathered(networks)
     groups = networks.groups()
     everything = [parameter for group in groups.values() for parameter in group.values()]
+    skips = {turn.name: _Skips(turn.name, non_finite_steps) for turn in turns}
     for step in range(first_step, steps):
         batch = next(batches)
         values: dict[str, Tensor] = {}
@@ -54,17 +66,50 @@ def train(
                 losses = turn.loss(networks, batch, draws)
                 losses.total.backward()
                 norm = parallel.clip_gradients(updated_by(turn, groups), gradient_clip)
-                for group in turn.updates:
-                    optimizers[group].step()
+                if skips[turn.name].finite(losses.total.detach() + norm, step):
+                    for group in turn.updates:
+                        optimizers[group].step()
                 # A loss may leave gradients on constants of its turn (heads in the generator's): they are dropped.
                 for parameter in everything:
                     parameter.grad = None
-            values[f"{turn.name}/loss"] = losses.total.detach()
-            values[f"{turn.name}/gradient_norm"] = norm.detach()
-            values |= {f"{turn.name}/{name}": value.detach() for name, value in losses.parts.items()}
+            values |= _curves(turn.name, losses, norm, skips[turn.name].count)
         _free_gathered(networks)
         ema.follow(networks.average.weights(), networks.generator.weights(), ema_decay)
-        after_step(step + 1, values)
+        if after_step(step + 1, values):
+            return
+
+
+def _curves(turn: str, losses: Losses, norm: Tensor, skipped: int) -> dict[str, Tensor]:
+    values = {"loss": losses.total, "gradient_norm": norm, "skipped": torch.tensor(skipped, device=norm.device)}
+    return {f"{turn}/{name}": value.detach() for name, value in (values | losses.parts).items()}
+
+
+class _Skips:
+    """Decides whether a turn's update is taken, and counts those that are not."""
+
+    def __init__(self, turn: str, most_in_a_row: int):
+        self.turn, self.most_in_a_row = turn, most_in_a_row
+        self.count = self.in_a_row = 0
+
+    def finite(self, value: Tensor, step: int) -> bool:
+        """Whether ``value``, loss plus gradient norm, is finite on every rank.
+
+        The norm is the same on all ranks and nearly always tells of a bad loss; a loss can still overflow, or carry a
+        term without gradient, beside gradients that are finite, and on one rank only. So both are looked at, in one
+        number: a turn waits once for its device and for the other ranks, as it does anyway for the noise it draws and
+        the gradients it reduces.
+        """
+        if not parallel.any_rank(~torch.isfinite(value)):
+            self.in_a_row = 0
+            return True
+        self.count += 1
+        self.in_a_row += 1
+        if self.in_a_row == self.most_in_a_row:
+            raise PoseError(
+                f"step {step + 1}: loss or gradient of the {self.turn} turn was not finite, {self.in_a_row} updates in "
+                "a row: lower its learning rate, or compute with training.precision=float32; the last checkpoint stays"
+            )
+        return False
 
 
 def updated_by(turn: Turn, groups: dict[str, dict[str, nn.Parameter]]) -> list[nn.Parameter]:

@@ -69,6 +69,14 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
+def any_rank(flag: Tensor) -> bool:
+    """Whether the scalar ``flag`` is true on any rank; every rank must call it, and each gets the same answer."""
+    if dist.is_initialized():
+        flag = flag.int()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """The full weights on rank 0's CPU, an empty dict on the others; every rank must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -190,3 +190,15 @@ def test_deleting_an_artifact_begins_with_its_manifest(run: Store, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         begin(run, PREPARE, settings_with("data.frames=5"))
     assert not is_done(run, PREPARE, Settings())
+
+
+def test_another_method_or_a_rivals_own_setting_is_another_result_and_poses_is_not_touched_by_rivals() -> None:
+    def prints(*overrides: str) -> list[str]:
+        return [fingerprint(STAGES[name], config.load("", overrides)) for name in ("prepare_data", "stability_priming")]
+
+    data, pose = prints()
+    assert prints("rivals.gan_weight=0.5", "equilibrium.steps=7") == [data, pose]
+    dmd2 = prints("method.name=dmd2")
+    assert dmd2[0] == data and dmd2[1] != pose
+    assert prints("method.name=dmd2", "rivals.gan_weight=0.5")[1] != dmd2[1]
+    assert prints("method.name=dmd2", "equilibrium.heads_learning_rate=0.01")[1] != dmd2[1]

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import spoiling
 import torch
 from phases import PHASES, batches, build_phase, differing
+from spoiling import beside_a_bad_loss, everywhere, in_the_gradient, spoiled
+from torch import Tensor
 
+from pose_core.errors import PoseError
 from pose_core.training import loop
 
 CURVES = {
     "priming": {
         "fake/loss",
         "fake/gradient_norm",
+        "fake/skipped",
         "generator/loss",
         "generator/gradient_norm",
+        "generator/skipped",
         "generator/matching_gradient",
     },
     "equilibrium": {
         "discriminator/loss",
         "discriminator/gradient_norm",
+        "discriminator/skipped",
         "discriminator/hinge",
         "discriminator/r1",
         "discriminator/accuracy",
         "generator/loss",
         "generator/gradient_norm",
+        "generator/skipped",
         "generator/adversarial",
         "generator/conditional_sds",
     },
@@ -116,3 +126,74 @@ def test_the_fake_score_and_the_heads_start_the_same_whatever_was_drawn_before(t
         torch.manual_seed(2)
         assert differing(first, build_phase(name, tiny_folder).tensors()) == []
         assert differing(first, build_phase(name, tiny_folder, "run.seed=1").tensors()) != []
+
+
+@pytest.mark.parametrize("spoil", [beside_a_bad_loss, in_the_gradient, everywhere])
+@pytest.mark.parametrize("name", PHASES)
+def test_a_turn_with_a_bad_loss_or_gradient_leaves_weights_and_optimiser_as_they_were(
+    tiny_folder: Path, name: str, spoil: Callable[[Tensor], Tensor]
+) -> None:
+    skipping, without = build_phase(name, tiny_folder), build_phase(name, tiny_folder)
+    for phase in (skipping, without):
+        phase.train(0, 1)
+    first, second = skipping.turns
+    once = dataclasses.replace(first, repeats=1)
+    skipping.train(1, 2, turns=[spoiled(once, {1: spoil}), second])
+    without.train(1, 2, turns=[second])
+    assert differing(skipping.tensors(), without.tensors()) == []
+    assert skipping.history[1][f"{first.name}/skipped"] == 1
+    assert skipping.history[1][f"{second.name}/skipped"] == 0
+    assert skipping.history[1][f"{second.name}/loss"] == without.history[1][f"{second.name}/loss"]
+
+
+def test_skipped_updates_are_counted_and_the_turns_go_on_where_they_are_good(tiny_folder: Path) -> None:
+    phase = build_phase("equilibrium", tiny_folder)
+    first, second = phase.turns
+    spoil = {step: everywhere for step in (1, 2, 4, 5)}
+    phase.train(0, 7, turns=[spoiled(first, spoil), second])
+    assert [values[f"{first.name}/skipped"] for values in phase.history] == [0, 1, 2, 2, 3, 4, 4]
+    taken = {group: optimizer.state_dict()["state"][0]["step"].item() for group, optimizer in phase.optimizers.items()}
+    assert taken == {"heads": 3, "generator": 7}
+    assert all(tensor.isfinite().all() for tensor in phase.tensors().values())
+
+
+def test_three_skipped_in_a_row_stop_the_run_with_turn_and_step(tiny_folder: Path) -> None:
+    phase = build_phase("equilibrium", tiny_folder)
+    first, second = phase.turns
+    with pytest.raises(PoseError) as caught:
+        phase.train(0, 9, turns=[first, spoiled(second, {step: everywhere for step in (1, 3, 4, 5)})])
+    assert str(caught.value).startswith("step 6: ")
+    assert f"the {second.name} turn" in str(caught.value) and "learning rate" in str(caught.value)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert len(phase.history) == 5
+
+
+def test_a_repeated_turn_counts_each_of_its_updates(tiny_folder: Path) -> None:
+    phase = build_phase("priming", tiny_folder, "priming.fake_updates=3")
+    with pytest.raises(PoseError, match="^step 2: .* the fake turn .* 3 updates in a row"):
+        phase.train(0, 3, turns=[spoiled(phase.turns[0], {1: everywhere})])
+
+
+def test_it_ends_where_the_watcher_says_so(tiny_folder: Path) -> None:
+    phase, short = build_phase("equilibrium", tiny_folder), build_phase("equilibrium", tiny_folder)
+    loop.train(
+        phase.networks,
+        phase.optimizers,
+        phase.turns,
+        batches(0),
+        first_step=0,
+        steps=5,
+        seed=0,
+        gradient_clip=1.0,
+        ema_decay=0.75,
+        after_step=lambda step, _: step == 2,
+    )
+    short.train(0, 2)
+    assert differing(phase.tensors(), short.tensors()) == []
+
+
+def test_a_loss_that_is_bad_on_one_rank_skips_the_update_on_both(tiny_folder: Path, tmp_path: Path) -> None:
+    for found in spoiling.run_ranks(tiny_folder, tmp_path):
+        assert found["differs"] == []
+        assert found["skipped"] == [0, 1, 0, 1, 2]
+        assert found["error"].startswith("step 6: ")

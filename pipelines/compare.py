@@ -1,0 +1,68 @@
+"""Compare the method with its ablations and rivals: same teacher, clips, generator updates; then same CPU seconds.
+
+    python pipelines/compare.py --config pipelines/configs/digits_i2v.yaml --seeds 3
+
+trains every row, some hours on two cores, and writes tables, contact sheet and loss curves to benchmarks/results and to
+MLflow. The same command goes on where it stopped; ``--only pose,dmd2`` makes single rows.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pose_core.runtime import cli
+from pose_core.runtime.compare_clips import SPLITS
+from pose_core.runtime.comparing import METHODS, TABLES, Wanted, open_comparison
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+def main(arguments: cli.Arguments, wanted: Wanted) -> None:
+    with open_comparison(arguments.settings, wanted) as comparison:
+        comparison.prepare_clips()  # once, by the real stage
+        for table in wanted.tables:
+            comparison.make_rows(table)  # a process a row: train, sample, score
+        comparison.report()
+
+
+def parse() -> tuple[Wanted, list[str]]:
+    """What to compare, and the arguments that every script has."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"rows: {', '.join(METHODS)}"
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
+    parser.add_argument("--config", default=str(cli.DEFAULT_CONFIG), help="YAML file (default: the digits demo)")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds a row, from run.seed on (default: 3)")
+    parser.add_argument("--only", type=names, default=(), metavar="ROW,ROW", help="make only these rows")
+    parser.add_argument(
+        "--tables", type=tables, default=tuple(TABLES), help="equal generator updates, equal CPU time (updates,time)"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="clips that are scored (default: test)")
+    parser.add_argument("--parallel", type=positive, default=2, help="rows at a time, a core each (default: 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
+    typed = parser.parse_intermixed_args()
+    fields = {name: getattr(typed, name) for name in ("seeds", "only", "tables", "split", "parallel", "out")}
+    common = [*typed.settings, "--config", typed.config, *(["--debug"] if typed.debug else [])]
+    return Wanted(stem=Path(typed.config).stem, **fields), common
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def tables(text: str) -> tuple[str, ...]:
+    if not names(text) or set(names(text)) - set(TABLES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one or both of {', '.join(TABLES)}")
+    return names(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    wanted, sys.argv[1:] = parse()
+    cli.run(lambda arguments: main(arguments, wanted), __doc__)
