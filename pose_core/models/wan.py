@@ -170,7 +170,7 @@ def load(
     tokens = count_image_tokens(folder) if image_tokens is None else image_tokens
     if meta:
         with torch.device("meta"):
-            return Wan(WanTransformer3DModel.from_config(config).to(dtype), tokens)
+            return Wan(_cast(WanTransformer3DModel.from_config(config), dtype), tokens)
     try:
         module, keys = WanTransformer3DModel.from_pretrained(
             folder, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
@@ -186,5 +186,12 @@ def load(
                 "its weights and its config.json must belong together",
                 in_call=True,
             )
-    # The stock loader keeps some weights in float32 whatever it is asked for.
-    return Wan(module.to(dtype), tokens)
+    return Wan(_cast(module, dtype), tokens)
+
+
+def _cast(module: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
+    """All weights in ``dtype``; the stock loader keeps some in float32, and the stock ``to`` warns of changing that.
+
+    Sharding computes in one precision anyway, see ``training/parallel.py``.
+    """
+    return nn.Module.to(module, dtype)

@@ -70,6 +70,7 @@ _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),
+    "alarms": frozenset({"every_steps", "clips", "non_finite_steps"}),
 }
 """Settings that change how a result is computed or watched and not what it is: who tunes them keeps what is done."""
 
