@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from phases import CASES, Phase, build_phase, differing, local
 from torch import Tensor
 
 from pose_core.training import checkpoint, parallel
 
-RANKS = 2
 SAVED_STEP, LAST_STEP = 2, 3
-LIMIT_SECONDS = 480
 
 
-def run_ranks(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """Spawn the ranks over gloo on loopback, wait for all of them and return what each found, by rank."""
-    context = mp.spawn(_rank, (folder, out), nprocs=RANKS, join=False)
-    assert context is not None
-    give_up = time.monotonic() + LIMIT_SECONDS
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < give_up, f"the ranks did not end in {LIMIT_SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
-
-
-def _rank(rank: int, folder: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=RANKS)
-    try:
-        found = {
-            name: {**_float32(name, folder, out), **_bfloat16(name, folder), "moved": moved_by_turn(name, folder, True)}
-            for name in CASES
-        }
-        torch.save(found, out / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(_rank: int, folder: Path, out: Path) -> dict[str, Any]:
+    """Every case: trained, saved, resumed, in bfloat16, and turn by turn."""
+    return {
+        name: {**_float32(name, folder, out), **_bfloat16(name, folder), "moved": moved_by_turn(name, folder, True)}
+        for name in CASES
+    }
 
 
 def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from phases import build_phase, differing
 from torch import Tensor
 
 from pose_core.errors import PoseError
 from pose_core.training.state import Batch, Draws, Networks
 from pose_core.training.turns import Losses, Turn
-
-LIMIT_SECONDS = 240
 
 
 def spoiled(turn: Turn, steps: dict[int, Callable[[Tensor], Tensor]]) -> Turn:
@@ -47,43 +40,21 @@ def everywhere(total: Tensor) -> Tensor:
     return total * math.inf
 
 
-def run_ranks(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """Spawn two ranks over gloo on loopback, wait for both and return what each found."""
-    context = mp.spawn(_rank, (folder, out), nprocs=2, join=False)
-    assert context is not None
-    give_up = time.monotonic() + LIMIT_SECONDS
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < give_up, f"the ranks did not end in {LIMIT_SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def _rank(rank: int, folder: Path, out: Path) -> None:
+def work(rank: int, folder: Path, _out: Path) -> dict[str, Any]:
     """Rank 1's loss alone is spoiled, in a way that its gradients do not show."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+    skipping, without = (build_phase("equilibrium", folder, sharded=True) for _ in range(2))
+    first, second = skipping.turns
+    bad = spoiled(first, {step: beside_a_bad_loss for step in (1, 3, 4, 5)} if rank == 1 else {})
+    skipping.train(0, 1)
+    without.train(0, 1)
+    skipping.train(1, 2, turns=[bad, second])
+    without.train(1, 2, turns=[second])
+    differs = differing(skipping.tensors(), without.tensors())
+    skipping.train(2, 3, turns=[bad, second])
+    error = ""
     try:
-        skipping, without = (build_phase("equilibrium", folder, sharded=True) for _ in range(2))
-        first, second = skipping.turns
-        bad = spoiled(first, {step: beside_a_bad_loss for step in (1, 3, 4, 5)} if rank == 1 else {})
-        skipping.train(0, 1)
-        without.train(0, 1)
-        skipping.train(1, 2, turns=[bad, second])
-        without.train(1, 2, turns=[second])
-        differs = differing(skipping.tensors(), without.tensors())
-        skipping.train(2, 3, turns=[bad, second])
-        error = ""
-        try:
-            skipping.train(3, 9, turns=[bad, second])
-        except PoseError as raised:
-            error = str(raised)
-        skipped = [values[f"{first.name}/skipped"] for values in skipping.history]
-        torch.save({"skipped": skipped, "differs": differs, "error": error}, out / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        skipping.train(3, 9, turns=[bad, second])
+    except PoseError as raised:
+        error = str(raised)
+    skipped = [values[f"{first.name}/skipped"] for values in skipping.history]
+    return {"skipped": skipped, "differs": differs, "error": error}

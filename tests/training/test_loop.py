@@ -10,6 +10,7 @@ import pytest
 import spoiling
 import torch
 from phases import PHASES, batches, build_phase, differing
+from spawned import run_ranks
 from spoiling import beside_a_bad_loss, everywhere, in_the_gradient, spoiled
 from torch import Tensor
 
@@ -193,7 +194,7 @@ def test_it_ends_where_the_watcher_says_so(tiny_folder: Path) -> None:
 
 
 def test_a_loss_that_is_bad_on_one_rank_skips_the_update_on_both(tiny_folder: Path, tmp_path: Path) -> None:
-    for found in spoiling.run_ranks(tiny_folder, tmp_path):
+    for found in run_ranks(spoiling.work, tiny_folder, tmp_path):
         assert found["differs"] == []
         assert found["skipped"] == [0, 1, 0, 1, 2]
         assert found["error"].startswith("step 6: ")

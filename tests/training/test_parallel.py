@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase
-from ranks import LAST_STEP, SAVED_STEP, moved_by_turn, run_ranks
+from ranks import LAST_STEP, SAVED_STEP, moved_by_turn, work
+from spawned import run_ranks
 from torch import nn
 
 from pose_core.training import checkpoint, parallel
@@ -25,7 +26,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(tiny_folder: Path, out: Path) -> list[dict[str, Any]]:
     """What each of two ranks found; spawned once for all tests."""
-    return run_ranks(tiny_folder, out)
+    return run_ranks(work, tiny_folder, out)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,43 @@
+"""Two ranks over gloo on loopback, each in a process of its own; shared by the tests of training."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 2
+LIMIT_SECONDS = 480
+Work = Callable[[int, Path, Path], dict[str, Any]]
+
+
+def run_ranks(work: Work, folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Run ``work(rank, folder, out)`` on every rank, wait for all of them and return what each found, by rank."""
+    context = mp.spawn(_rank, (work, folder, out), nprocs=RANKS, join=False)
+    assert context is not None
+    give_up = time.monotonic() + LIMIT_SECONDS
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < give_up, f"the ranks did not end in {LIMIT_SECONDS} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def _rank(rank: int, work: Work, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        torch.save(work(rank, folder, out), out / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
