@@ -54,13 +54,10 @@ def open_chain(session: Session, *, debug: bool) -> Iterator[Chain]:
         on_line=on_line,
     )
     try:
-        yield chain
-        fetch_results(run, settings)
-        tracker.log_folder(output_folder(settings) / "report", "report")
-        tracker.close("FINISHED")
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+        with tracker:
+            yield chain
+            fetch_results(run, settings)
+            tracker.log_folder(output_folder(settings) / "report", "report")
     finally:
         shown.close()
 

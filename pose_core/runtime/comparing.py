@@ -227,11 +227,8 @@ def open_comparison(settings: Settings, wanted: Wanted) -> Iterator[Comparison]:
     check_models(settings)
     tracker, shown = start_parent(tracking, settings.tracking.experiment, name, {"pose.run": name}), display()
     try:
-        yield Comparison(settings, wanted, data_key(settings), tracker, shown)
-        tracker.close("FINISHED")
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+        with tracker:
+            yield Comparison(settings, wanted, data_key(settings), tracker, shown)
     finally:
         shown.close()
 

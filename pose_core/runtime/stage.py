@@ -53,17 +53,14 @@ def stage_run(name: str, settings: Settings) -> Iterator[StageRun]:
     run = StageRun(name, settings, root, manifests.fingerprint(stage, settings), tracker, display())
     started = time.monotonic()
     try:
-        yield run
-        seconds = time.monotonic() - started
-        tracker.log_metrics(0, {f"result/{key}": value for key, value in run.metrics.items()} | {"seconds": seconds})
-        manifests.write_manifest(
-            store, stage, settings, metrics=run.metrics, mlflow_run_id=tracker.run_id, seconds=seconds
-        )
-        tracker.close("FINISHED")
-    except BaseException as error:
-        # Ray ends a job's driver with SystemExit when the job is stopped.
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
-        raise
+        with tracker:
+            yield run
+            seconds = time.monotonic() - started
+            result = {f"result/{key}": value for key, value in run.metrics.items()}
+            tracker.log_metrics(0, result | {"seconds": seconds})
+            manifests.write_manifest(
+                store, stage, settings, metrics=run.metrics, mlflow_run_id=tracker.run_id, seconds=seconds
+            )
     finally:
         run.display.close()
 

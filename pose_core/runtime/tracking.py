@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pose_core.errors import ConfigError, PoseError, StorageError
 from pose_core.runtime.metric_queue import MetricQueue, Point
@@ -138,6 +138,15 @@ class Tracker:
         if lost := self._queue.close():
             logger.warning("%d points of MLflow run %s were not logged: its store did not come back", lost, self.run_id)
         self._attempt(lambda client: client.set_terminated(self.run_id, status))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the run as the block ended."""
+        # Ray ends a job's driver with SystemExit when the job is stopped.
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
     def _send(self, points: list[Point]) -> bool:
         def act(client: MlflowClient) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,18 @@ def test_mlflow_says_nothing_and_leaves_nothing_in_the_working_folder(tmp_path: 
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
+)
+def test_a_run_ends_as_its_block_ends(
+    raised: type[BaseException] | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, closed = object.__new__(Tracker), []
+    monkeypatch.setattr(tracker, "close", closed.append)
+    with pytest.raises(raised) if raised else nullcontext(), tracker:
+        if raised:
+            raise raised
+    assert closed == [status]
