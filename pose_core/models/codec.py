@@ -84,6 +84,10 @@ class WanCodec:
         video = self.vae.decode(raw, return_dict=False)[0]
         return self.pipeline.video_processor.postprocess_video(video, output_type="np")
 
+    def decode_uint8(self, latents: Tensor) -> np.ndarray:
+        """``decode`` as pixels 0..255, uint8."""
+        return (self.decode(latents) * 255).round().astype(np.uint8)
+
     def _pixels(self, video: np.ndarray) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(video)).to(self.device, torch.float32)
         return pixels.permute(0, 4, 1, 2, 3) / 127.5 - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,11 @@ class Condition:
     text: Tensor
     image: Tensor | None = None
     first_frame: Tensor | None = None
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor]) -> Condition:
+        """Out of a training shard's columns ``text`` and, for image to video, ``image`` and ``first_frame``."""
+        return cls(columns["text"], columns.get("image"), columns.get("first_frame"))
 
     def with_text(self, text: Tensor) -> Condition:
         """The same images with other prompts; ``text [1 or B, L, D_text]`` is repeated for the batch."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pose_core.data.shards import from_table, read_parquet_bytes
 from pose_core.errors import DataError
+from pose_core.evaluation.scoring import with_reference
 from pose_core.models.video_model import Condition
 from pose_core.runtime.datasets import TRAINED_ON, Prepared
 from pose_core.runtime.local_files import write_whole
@@ -79,15 +80,13 @@ def read_heldout(folder: Path, split: str, clips: int) -> Heldout:
         raise DataError(
             f"{split} has {count} clip to compare on and figures need two: raise evaluation.clips and data.…"
         )
-    generated, reference = videos[:count], videos[count : 2 * clips]
-    if len(reference) < count // 2:
-        reference = generated
+    generated, reference = with_reference(videos, clips)
     batch = _batch({name: value[:count] for name, value in columns.items()})
     return Heldout(batch, generated, prompts[:count], reference)
 
 
 def _batch(columns: dict[str, Tensor]) -> Batch:
-    return Batch(columns["latents"], Condition(columns["text"], columns.get("image"), columns.get("first_frame")))
+    return Batch(columns["latents"], Condition.of(columns))
 
 
 def _file(folder: Path, split: str) -> Path:

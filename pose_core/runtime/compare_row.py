@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pose_core.errors import CheckpointError
-from pose_core.evaluation.judge import Judge
-from pose_core.evaluation.metrics import plain_figures, score
+from pose_core.evaluation.monitors import diversity
+from pose_core.evaluation.scoring import scorer
 from pose_core.inference.sampler import sample_generator, sample_teacher
 from pose_core.models import wan
 from pose_core.models.codec import WanCodec
-from pose_core.models.folders import find_folder, local_teacher
+from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.compare_clips import Heldout, read_heldout, read_training
 from pose_core.runtime.local_files import partial_name, replace_folder, write_whole
@@ -199,24 +198,12 @@ def _videos(job: RowJob, heldout: Heldout, noises: int, sample: Sample, label: s
         latents = heldout.batch.x_0[clips]
         labels = [label, *(f"{label}/{step}" for step in range(1, noises))]
         drawn = [Draws(settings.run.seed, index, each, 0, 1, device).normal(latents) for each in labels]
-        made.append(codec.decode(sample(heldout.batch.condition.rows(clips), drawn)))
-    return (np.concatenate(made) * 255).round().astype(np.uint8)
-
-
-def diversity(videos: np.ndarray, others: np.ndarray) -> float:
-    """Mean absolute difference of pixels, 0..255, between two samples for the same conditions."""
-    return float(np.abs(videos.astype(np.float32) - others).mean())
+        made.append(codec.decode_uint8(sample(heldout.batch.condition.rows(clips), drawn)))
+    return np.concatenate(made)
 
 
 def _figures(settings: Settings, heldout: Heldout, videos: np.ndarray) -> dict[str, float]:
-    """The figures that can be had: with a judge all of them, without one those that need no network."""
-    name, first_frames = settings.evaluation.judge, heldout.videos[:, 0]
-    if not name:
-        return plain_figures(videos, first_frames, heldout.reference)
-    folder = find_folder(name)
-    if folder is None:
-        raise CheckpointError(f"evaluation.judge={name} is no folder: name one, or leave it empty", in_call=True)
-    return score(Judge.load(folder), videos, heldout.prompts, first_frames, heldout.reference)
+    return scorer(settings.evaluation.judge, heldout.prompts, heldout.videos[:, 0], heldout.reference)(videos)
 
 
 def _teacher_folder(settings: Settings) -> Path:

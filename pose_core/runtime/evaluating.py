@@ -12,14 +12,12 @@ import ray
 import torch
 from ray.util import ActorPool
 
-from pose_core.errors import CheckpointError
-from pose_core.evaluation.judge import Judge
-from pose_core.evaluation.metrics import plain_figures, score
 from pose_core.evaluation.report import summarise, write_report
+from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
 from pose_core.models import wan
 from pose_core.models.codec import WanCodec
-from pose_core.models.folders import find_folder, local_teacher
+from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.preparing import open_prepared
@@ -56,7 +54,7 @@ class SamplingActor:
     def sample(self, index: int, rows: dict[str, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
         """Videos ``[B, T, H, W, 3]`` uint8 of batch ``index`` by how they were made, all from the same noise."""
         columns = {name: torch.tensor(rows[name], device=self.device) for name in TRAINED_ON if name in rows}
-        condition = Condition(columns["text"], columns.get("image"), columns.get("first_frame"))
+        condition = Condition.of(columns)
         draws = Draws(self.settings.run.seed, index, "evaluation", 0, 1, self.device)
         noises = [draws.normal(columns["latents"]) for _ in range(max((1, *self.settings.evaluation.few_steps)))]
         noise = noises[0]
@@ -72,10 +70,7 @@ class SamplingActor:
             latents[name] = sample_generator(model, condition, [noise])
         for steps in evaluation.few_steps:
             latents[f"{steps}_steps"] = sample_generator(self.generators["one_step"], condition, noises[:steps])
-        return index, {name: self._to_uint8(value) for name, value in latents.items()}
-
-    def _to_uint8(self, latents: torch.Tensor) -> np.ndarray:
-        return (self.codec.decode(latents) * 255).round().astype(np.uint8)
+        return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
 
 
 def sample_heldout(
@@ -114,19 +109,18 @@ def evaluate_generators(run: StageRun) -> None:
     prepared = open_prepared(run)
     rows = prepared.heldout(2 * settings.evaluation.clips)
     count = min(settings.evaluation.clips, len(rows["key"]))
-    generated, reference = {name: cells[:count] for name, cells in rows.items()}, rows["video"][count:]
-    if len(reference) < count // 2:
-        reference = generated["video"]
+    generated = {name: cells[:count] for name, cells in rows.items()}
+    real, reference = with_reference(rows["video"], count)
     generators = {"primed_1_step": "stability_priming", "one_step": "adversarial_equilibrium"}
     stores = {name: run.artifact_of(stage) for name, stage in generators.items()}
-    videos = {"real": generated["video"]} | sample_heldout(
+    videos = {"real": real} | sample_heldout(
         generated,
         settings,
         stores,
         prepared.null_text(),
         lambda done: run.display.update(run.name, done, count),
     )
-    score = _scorer(settings, generated, reference)
+    score = scorer(settings.evaluation.judge, generated["prompt"], real[:, 0], reference)
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
     with tempfile.TemporaryDirectory() as folder:
@@ -136,19 +130,3 @@ def evaluate_generators(run: StageRun) -> None:
         run.artifact.upload_folder(report, "report")
         run.tracker.log_folder(report, "report")
     run.metrics |= {f"{way}/{name}": value for way, row in figures.items() for name, value in row.items()}
-
-
-def _scorer(
-    settings: Settings, generated: dict[str, Any], reference: np.ndarray
-) -> Callable[[np.ndarray], dict[str, float]]:
-    """The figures that can be had: with a judge all of them, without one those that need no network."""
-    first_frames = generated["video"][:, 0]
-    if not settings.evaluation.judge:
-        return lambda videos: plain_figures(videos, first_frames, reference)
-    folder = find_folder(settings.evaluation.judge)
-    if folder is None:
-        raise CheckpointError(
-            f"evaluation.judge={settings.evaluation.judge} is no folder: name one, or leave it empty", in_call=True
-        )
-    judge = Judge.load(folder)
-    return lambda videos: score(judge, videos, generated["prompt"], first_frames, reference)

@@ -38,7 +38,7 @@ class Validation:
             self.monitored = 0
         self.rows = job.prepared.heldout(max(self.pictured, self.monitored))
         columns = {name: torch.tensor(self.rows[name], device=device) for name in TRAINED_ON if name in self.rows}
-        self.condition = Condition(columns["text"], columns.get("image"), columns.get("first_frame"))
+        self.condition = Condition.of(columns)
         draws = Draws(settings.run.seed, 0, "validation", 0, 1, device)
         self.noises = [draws.normal(columns["latents"][:clips]) for clips in (None, self.monitored)]
         self.codec: WanCodec | None = None
@@ -84,7 +84,7 @@ class Validation:
 
     def _decode(self, latents: Tensor) -> np.ndarray | None:
         """Videos ``[N, T, H, W, 3]`` uint8, on rank 0 only."""
-        return None if self.codec is None else (self.codec.decode(latents) * 255).round().astype(np.uint8)
+        return None if self.codec is None else self.codec.decode_uint8(latents)
 
     def _figures(self, samples: list[np.ndarray | None]) -> dict[str, float]:
         videos = [video[: self.monitored] for video in samples if video is not None]

@@ -95,7 +95,7 @@ def _batches(settings: Settings, device: torch.device) -> Iterator[Batch]:
 
 def _to_batch(rows: dict[str, Any], device: torch.device) -> Batch:
     columns = {name: torch.tensor(np.asarray(rows[name]), device=device) for name in TRAINED_ON if name in rows}
-    return Batch(columns["latents"], Condition(columns["text"], columns.get("image"), columns.get("first_frame")))
+    return Batch(columns["latents"], Condition.of(columns))
 
 
 class _Watch:

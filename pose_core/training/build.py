@@ -83,32 +83,18 @@ def _roles(
         frozen = Role(_model(teacher, meta, teacher, dtype))
         shared = frozen.base if training.generator == "one_base" else _model(teacher, meta, teacher, dtype)
         learning, average = (_adapter(shared, name, training.lora_rank, settings) for name in ("generator", "average"))
-        if not meta:
-            _start_from(learning, average, generator)
+        file = generator / ADAPTER_FILE
+        if not meta and file.is_file():  # of the phase before; the teacher has none
+            for role in (learning, average):
+                load_adapter(role, file)
     fake = _adapter(frozen.base, "fake_score", settings.priming.fake_lora_rank, settings) if with_fake else None
     return Networks(learning, average, frozen, null_text, fake)
 
 
 def _adapter(base: VideoModel, name: str, rank: int, settings: Settings) -> Role:
+    """A new adapter; all of one rank begin equal, so the average begins as the generator."""
     with _seeded(settings.run.seed):
         return add_adapter(base, name, rank)
-
-
-def _start_from(generator: Role, average: Role, folder: Path) -> None:
-    """Both adapters as the phase before left them; the teacher itself has none, so they stay zero."""
-    file = folder / ADAPTER_FILE
-    for role in (generator, average):
-        if file.is_file():
-            load_adapter(role, file)
-        else:
-            _copy(generator, role)
-
-
-@torch.no_grad()
-def _copy(source: Role, target: Role) -> None:
-    """Also the random half of a new adapter: the average starts as the generator, not as another zero."""
-    for kept, new in zip(target.weights().values(), source.weights().values(), strict=True):
-        kept.copy_(new)
 
 
 def shard_networks(networks: Networks, settings: Settings) -> None:

@@ -42,7 +42,7 @@ def train(
     gradient_clip: float,
     ema_decay: float,
     after_step: AfterStep,
-    non_finite_steps: int = 3,
+    non_finite_steps: int,
 ) -> None:
     """Run steps ``first_step`` to ``steps``; each takes one batch and every turn in order, then moves the average.
 

@@ -67,7 +67,7 @@ def test_roles_on_one_base_do_not_touch_each_other(model: Wan) -> None:
     assert not base.weights().keys() & first.weights().keys()
 
 
-def test_the_switch_is_put_back_when_the_forward_pass_fails(model: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_is_put_back_when_the_forward_pass_fails(model: Wan) -> None:
     role = add_adapter(model, "fake_score", RANK)
     move(role)
     fake, base = velocity(role), velocity(Role(model))

@@ -22,7 +22,7 @@ from pose_core.errors import ConfigError
 from pose_core.models.codec import WanCodec
 from pose_core.runtime import comparing
 from pose_core.runtime.compare_clips import has_clips, read_heldout, read_training, write_clips
-from pose_core.runtime.compare_row import RowJob, diversity, run_row
+from pose_core.runtime.compare_row import RowJob, run_row
 from pose_core.runtime.comparing import METHODS, Wanted, choose_methods, method_settings
 from pose_core.runtime.datasets import NULL_TEXT, Prepared
 from pose_core.runtime.row_processes import run_in_processes
@@ -143,12 +143,6 @@ def test_clips_come_back_as_they_were_prepared(clips: Path) -> None:
 def test_where_too_few_clips_are_left_the_generated_ones_are_the_reference(clips: Path) -> None:
     heldout = read_heldout(clips, "test", 4)
     assert np.array_equal(heldout.reference, heldout.videos)
-
-
-def test_diversity_is_the_mean_difference_in_grey_levels() -> None:
-    videos = np.zeros((2, 1, 2, 2, 3), np.uint8)
-    assert diversity(videos, videos) == 0
-    assert diversity(videos, videos + 255) == 255
 
 
 def test_a_row_is_trained_once_and_scored_again_when_only_the_scoring_changed(clips: Path, tiny_folder: Path) -> None:

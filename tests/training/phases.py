@@ -78,6 +78,7 @@ class Phase:
             gradient_clip=1.0,
             ema_decay=0.75,
             after_step=after_step,
+            non_finite_steps=3,
         )
 
     @torch.no_grad()

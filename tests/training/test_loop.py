@@ -93,6 +93,7 @@ def test_it_takes_one_batch_a_step_and_counts_finished_steps(tiny_folder: Path, 
         gradient_clip=1.0,
         ema_decay=0.9,
         after_step=lambda step, _: finished.append(step),
+        non_finite_steps=3,
     )
     assert finished == list(range(first + 1, steps + 1))
     assert len(taken) == steps - first
@@ -188,6 +189,7 @@ def test_it_ends_where_the_watcher_says_so(tiny_folder: Path) -> None:
         gradient_clip=1.0,
         ema_decay=0.75,
         after_step=lambda step, _: step == 2,
+        non_finite_steps=3,
     )
     short.train(0, 2)
     assert differing(phase.tensors(), short.tensors()) == []

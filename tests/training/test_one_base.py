@@ -103,7 +103,7 @@ def test_the_second_phase_goes_on_with_the_adapter_of_the_first(tiny_folder: Pat
 
 
 def test_current_backbone_weights_get_nothing_from_being_the_judge(tiny_folder: Path) -> None:
-    """The generator's gradient flows through its sample alone: with an unreachable sample there is none."""
+    """The generator's gradient flows through its sample alone, whoever judges that."""
     phase = build_phase(
         "equilibrium", tiny_folder, "equilibrium.backbone=current", "equilibrium.conditional_sds_weight=0"
     )
