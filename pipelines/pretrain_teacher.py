@@ -1,9 +1,9 @@
-"""Make the embedded domain's weights: the small video VAE and the image-to-video teacher that the demo distils.
+"""Make the embedded domain's weights: the small video VAE and the teacher, image or text to video, to be distilled.
 
-    python pipelines/pretrain_teacher.py --out pipelines/configs/teachers/digits_i2v
+    python pipelines/pretrain_teacher.py --task i2v --out pipelines/configs/teachers/digits_i2v
 
-takes about an hour on two cores, continues where it stopped, and writes a diffusers folder that stock
-``WanImageToVideoPipeline.from_pretrained`` loads.
+takes about two hours on one core, continues where it stopped, and writes a diffusers folder that the stock Wan
+pipelines load. Both tasks share the VAE and the encoded clips in the folder ``--work``.
 """
 
 from __future__ import annotations
@@ -25,41 +25,43 @@ from pose_core.training import pretraining
 
 IMAGE_TOKENS = 5
 TEXT_TOKENS = 16
+ONE_DIGIT_EVERY = 6
+"""Every so many-th clip is of the level ``one``."""
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    prompts = [
-        f"{'an' if name == 'eight' else 'a'} {name} moving {direction}"
-        for name in moving_digits.DIGIT_NAMES
-        for direction in moving_digits.DIRECTIONS
-    ]
-    pipeline = small.build_pipeline(prompts, arguments.seed)
+    pipeline = small.build_pipeline(moving_digits.every_prompt(), arguments.seed, arguments.task)
     videos, texts = render_clips(arguments.clips, arguments.seed)
     with bars() as progress:
         train_vae(pipeline, videos, arguments, progress)
+        if arguments.only_vae:
+            return
         train_teacher(pipeline, videos, texts, arguments, progress)
     save(pipeline, arguments.out)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("pipelines/configs/teachers/digits_i2v"))
+    parser.add_argument("--task", choices=("i2v", "t2v"), default="i2v")
+    parser.add_argument("--out", type=Path, required=True, help="folder that receives the diffusers folder")
     parser.add_argument("--work", type=Path, default=Path(".pose/pretrain"), help="checkpoints and encoded clips")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; results repeat for the same number")
-    parser.add_argument("--clips", type=int, default=12288, help="training clips")
-    parser.add_argument("--vae-steps", type=int, default=1200)
-    parser.add_argument("--teacher-steps", type=int, default=7500)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
+    parser.add_argument("--clips", type=int, default=16384, help="training clips")
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
+    parser.add_argument("--teacher-steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=32)
     return parser.parse_args()
 
 
 def render_clips(clips: int, seed: int) -> tuple[np.ndarray, list[str]]:
     rng = np.random.default_rng(seed)
-    drawn = [moving_digits.draw_clip(rng) for _ in range(clips)]
+    levels = ["one" if index % ONE_DIGIT_EVERY == 0 else "two" for index in range(clips)]
+    drawn = [moving_digits.draw_clip(rng, level=level) for level in levels]
     return np.stack([moving_digits.render(clip) for clip in drawn]), [clip.prompt for clip in drawn]
 
 
@@ -89,42 +91,53 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
 
 
 def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progress: Progress) -> None:
+    """Train the transformer and, with it, the text encoder."""
     codec = WanCodec(pipeline, TEXT_TOKENS)
-    x_0, condition = encode_clips(codec, videos, texts, arguments.work / "encoded.pt", progress)
-    null_text = codec.encode_text([""])
-    model = Wan(pipeline.transformer, IMAGE_TOKENS)
+    x_0, image, first_frame = encode_clips(codec, videos, arguments.work / "encoded.pt", progress)
+    if arguments.task == "t2v":
+        image = first_frame = None
+    words = pipeline.tokenizer([*texts, ""], max_length=TEXT_TOKENS, padding="max_length", return_tensors="pt")
+    transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
+    model = Wan(transformer, IMAGE_TOKENS if arguments.task == "i2v" else 0)
     for block in model.blocks:
         block.compile()  # halves the time of a step on a CPU
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(x_0), (arguments.batch,), generator=generator)
-        return pretraining.teacher_loss(model, x_0[rows], condition.rows(rows), null_text, generator)
+        of_each = torch.cat([rows, torch.tensor([len(texts)])])
+        ids, mask = words.input_ids[of_each], words.attention_mask[of_each]
+        text = text_encoder(ids, mask).last_hidden_state * mask[..., None]
+        condition = Condition(
+            text[:-1], None if image is None else image[rows], None if first_frame is None else first_frame[rows]
+        )
+        return pretraining.teacher_loss(model, x_0[rows], condition, text[-1:], generator)
 
     pretraining.fit(
-        pipeline.transformer,
+        torch.nn.ModuleList([transformer, text_encoder]),
         loss,
         steps=arguments.teacher_steps,
         learning_rate=1e-3,
         ema_decay=0.999,
         seed=arguments.seed,
-        checkpoint=arguments.work / "teacher.pt",
+        checkpoint=arguments.work / f"teacher-{arguments.task}.pt",
+        matrices=[transformer.blocks],
         progress=bar(progress, "teacher", arguments.teacher_steps),
     )
 
 
-def encode_clips(codec: WanCodec, videos, texts, cache: Path, progress: Progress) -> tuple[torch.Tensor, Condition]:
+def encode_clips(codec: WanCodec, videos: np.ndarray, cache: Path, progress: Progress) -> tuple[torch.Tensor, ...]:
+    """Latents, embeddings of the first frames and their latents with mask; kept in ``cache``."""
     if not cache.is_file():
         report = bar(progress, "encoding", len(videos))
-        latents, conditions = [], []
+        parts: list[tuple[torch.Tensor, ...]] = []
         for start in range(0, len(videos), 64):
-            rows = slice(start, start + 64)
-            latents.append(codec.encode_video(videos[rows]))
-            conditions.append(codec.encode_condition(texts[rows], videos[rows, 0], videos.shape[1]))
+            batch = videos[start : start + 64]
+            condition = codec.encode_condition([""] * len(batch), batch[:, 0], videos.shape[1])
+            assert condition.image is not None and condition.first_frame is not None
+            parts.append((codec.encode_video(batch), condition.image, condition.first_frame))
             report(min(start + 64, len(videos)), 0.0)
-        parts = [torch.cat([getattr(c, name) for c in conditions]) for name in ("text", "image", "first_frame")]
-        torch.save([torch.cat(latents), *parts], cache)
-    latents, *parts = torch.load(cache, weights_only=True)
-    return latents, Condition(*parts)
+        torch.save([torch.cat(part) for part in zip(*parts, strict=True)], cache)
+    return tuple(torch.load(cache, weights_only=True))
 
 
 def save(pipeline, out: Path) -> None:

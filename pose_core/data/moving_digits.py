@@ -1,6 +1,11 @@
-"""The embedded domain: real handwriting that moves and bounces over a small canvas, one prompt a clip.
+"""The embedded domain: real handwriting that moves, bounces and passes over a small canvas, one prompt a clip.
 
-Handwriting is scikit-learn's bundled digits (8 x 8, 16 grey levels). Training and held-out clips use different
+A clip of the level ``two`` shows a red digit and a green one, each with a direction and a pace of its own; they bounce
+off the left and right wall and pass each other, the red one in front. The prompt names pace and direction, not the
+exact speed: what happens is many things, and a single step that averages them shows a smear. The level ``one`` leaves
+the green digit out.
+
+Handwriting is scikit-learn's bundled digits (8 x 8, 16 grey levels). Training, validation and test clips use different
 handwriting, so that a model which only remembers strokes is found out.
 """
 
@@ -12,45 +17,63 @@ from dataclasses import dataclass
 import numpy as np
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIRECTIONS = {
-    "right": (1, 0),
-    "down and right": (1, 1),
-    "down": (0, 1),
-    "down and left": (-1, 1),
-    "left": (-1, 0),
-    "up and left": (-1, -1),
-    "up": (0, -1),
-    "up and right": (1, -1),
-}
-"""Name of each starting direction and its unit steps (x to the right, y downwards)."""
+DIRECTIONS = {"left": -1, "right": 1}
+"""Name of each starting direction and its step along x."""
+PACES = {"slowly": (0.5, 0.9), "fast": (1.3, 2.0)}
+"""Name of each pace, its slowest and its fastest speed in pixels a frame."""
+COLOURS = {"red": (1.0, 0.15, 0.15), "green": (0.15, 1.0, 0.15)}
+"""Colour of the digit in front and of the one behind, as shares of full red, green and blue."""
+LEVELS = ("one", "two")
+"""How many digits a clip shows."""
+SPLITS = ("train", "validation", "test")
 
-DIGIT_PIXELS = 16
-SPEED_PIXELS = (1.5, 2.5)
-"""Slowest and fastest movement, pixels a frame along each moving axis."""
-START_SHARE = 0.5
+FRAMES, HEIGHT, WIDTH = 17, 16, 32
+"""The clips that the shipped weights were trained on."""
+DIGIT_PIXELS = 12
+CLEAR_PIXELS = 10.0
+"""Two digits start at least this far apart: each is seen whole in the first frame."""
+START_SHARE = 0.7
+"""A digit starts at most this share of the way to the wall ahead, so that it is seen to go where its prompt says."""
 HELDOUT_EVERY = 5
-"""Every fifth handwritten sample of a digit is kept for held-out clips."""
+"""Every fifth handwritten sample of a digit is held out, for validation and for test clips in turn."""
 
 
 @dataclass(frozen=True)
-class DigitClip:
-    """What one clip shows; ``render`` draws it.
+class Mover:
+    """One digit: which handwriting, where it starts (shares of the free way, in [0, 1]) and how it moves.
 
-    ``x`` and ``y`` are the first position of the digit's left upper corner as a share of the free way, in [0, 1];
-    ``direction`` is a key of ``DIRECTIONS``; ``speed`` is in pixels a frame.
+    ``direction`` is a key of ``DIRECTIONS``, ``pace`` one of ``PACES``; ``speed`` is in pixels a frame.
     """
 
     digit: int
     sample: int
     direction: str
+    pace: str
     x: float
     y: float
     speed: float
 
+    def named(self, colour: str) -> str:
+        return f"a {colour} {DIGIT_NAMES[self.digit]} moving {self.direction} {self.pace}"
+
+
+@dataclass(frozen=True)
+class DigitClip:
+    """What one clip shows; ``render`` draws it."""
+
+    front: Mover
+    behind: Mover | None = None
+
+    @property
+    def movers(self) -> tuple[Mover, ...]:
+        return (self.front,) if self.behind is None else (self.front, self.behind)
+
     @property
     def prompt(self) -> str:
-        name = DIGIT_NAMES[self.digit]
-        return f"{'an' if name == 'eight' else 'a'} {name} moving {self.direction}"
+        """``a red seven moving left fast in front of a green two moving right slowly``, or its first half."""
+        return " in front of ".join(
+            mover.named(colour) for mover, colour in zip(self.movers, COLOURS, strict=False)
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,60 +90,75 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=32)
-def _samples(digit: int, heldout: bool) -> np.ndarray:
-    """Indices of the handwritten samples of ``digit`` that belong to the held-out or to the training half."""
+def samples_of(digit: int, split: str) -> np.ndarray:
+    """Indices of the handwritten samples of ``digit`` that belong to a split; no two splits share one."""
     indices = np.flatnonzero(_handwriting()[1] == digit)
-    kept_out = np.arange(len(indices)) % HELDOUT_EVERY == 0
-    return indices[kept_out == heldout]
+    turn = np.arange(len(indices)) % (2 * HELDOUT_EVERY)
+    chosen = {"validation": turn == 0, "test": turn == HELDOUT_EVERY, "train": turn % HELDOUT_EVERY != 0}[split]
+    return indices[chosen]
 
 
-def draw_clip(rng: np.random.Generator, *, heldout: bool = False) -> DigitClip:
-    """Draw what a clip shows: digit, direction, handwriting, place and speed, all uniform.
+def draw_clip(rng: np.random.Generator, *, level: str = "two", split: str = "train") -> DigitClip:
+    """Draw what a clip shows: digits, handwriting, directions, paces, places and speeds, all uniform."""
+    while True:
+        movers = [_draw_mover(rng, split) for _ in range(1 + LEVELS.index(level))]
+        clip = DigitClip(*movers)
+        if clip.behind is None or abs(clip.front.x - clip.behind.x) * (WIDTH - DIGIT_PIXELS) >= CLEAR_PIXELS:
+            return clip
 
-    Along a moving axis the digit starts at most ``START_SHARE`` of the way to the wall ahead, so that the clip shows
-    the direction its prompt names before the digit bounces.
-    """
+
+def _draw_mover(rng: np.random.Generator, split: str) -> Mover:
     digit = int(rng.integers(10))
-    direction = str(rng.choice(list(DIRECTIONS)))
-    x, y = (_start(rng, step) for step in DIRECTIONS[direction])
-    return DigitClip(
+    direction, pace = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(PACES)))
+    way = float(rng.random()) * START_SHARE
+    return Mover(
         digit=digit,
-        sample=int(rng.choice(_samples(digit, heldout))),
+        sample=int(rng.choice(samples_of(digit, split))),
         direction=direction,
-        x=x,
-        y=y,
-        speed=float(rng.uniform(*SPEED_PIXELS)),
+        pace=pace,
+        x=way if DIRECTIONS[direction] > 0 else 1 - way,
+        y=float(rng.random()),
+        speed=float(rng.uniform(*PACES[pace])),
     )
 
 
-def _start(rng: np.random.Generator, step: int) -> float:
-    share = float(rng.random())
-    if step == 0:
-        return share
-    return share * START_SHARE if step > 0 else 1 - share * START_SHARE
+def every_prompt() -> list[str]:
+    """A prompt of each digit, direction and pace, in front and behind: together they hold every word."""
+    words = [(digit, direction, pace) for digit in range(10) for direction in DIRECTIONS for pace in PACES]
+    movers = [Mover(digit, 0, direction, pace, 0, 0, 0) for digit, direction, pace in words]
+    return [DigitClip(mover, mover).prompt for mover in movers]
 
 
-def positions(clip: DigitClip, frames: int, height: int, width: int) -> np.ndarray:
-    """Left upper corner of the digit in each frame, ``[frames, 2]`` as (x, y) in pixels; it bounces off the walls."""
-    free = np.array([width - DIGIT_PIXELS, height - DIGIT_PIXELS], dtype=np.float64)
-    start = np.array([clip.x, clip.y]) * free
-    step = np.array(DIRECTIONS[clip.direction]) * clip.speed
-    travelled = start + np.arange(frames)[:, None] * step
+def positions(mover: Mover, frames: int, height: int, width: int) -> np.ndarray:
+    """Left upper corner of a digit in each frame, ``[frames, 2]`` as (x, y) in pixels; it bounces off the walls."""
+    free_x, free_y = width - DIGIT_PIXELS, height - DIGIT_PIXELS
+    travelled = mover.x * free_x + np.arange(frames) * DIRECTIONS[mover.direction] * mover.speed
     # A bounce is a reflection: unfold the walls into a triangle wave of period twice the free way.
-    folded = np.mod(travelled, 2 * free)
-    return np.minimum(folded, 2 * free - folded)
+    folded = np.mod(travelled, 2 * free_x)
+    return np.stack([np.minimum(folded, 2 * free_x - folded), np.full(frames, mover.y * free_y)], axis=-1)
 
 
-def render(clip: DigitClip, frames: int = 9, height: int = 32, width: int = 32) -> np.ndarray:
-    """Draw a clip ``[frames, height, width, 3]``, uint8: white ink on black, placed to a fraction of a pixel."""
-    ink = _handwriting()[0][clip.sample]
-    canvas = np.zeros((frames, height + 1, width + 1), dtype=np.float32)
-    for frame, (x, y) in enumerate(positions(clip, frames, height, width)):
+def render(clip: DigitClip, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Draw a clip ``[frames, height, width, 3]``, uint8: coloured ink on black, placed to a fraction of a pixel.
+
+    The ink of the digit in front covers the one behind.
+    """
+    canvas = np.zeros((frames, height, width, 3), dtype=np.float32)
+    painted = list(zip(clip.movers, COLOURS.values(), strict=False))
+    for mover, colour in reversed(painted):
+        ink = _place(_handwriting()[0][mover.sample], positions(mover, frames, height, width), height, width)
+        canvas = canvas * (1 - ink) + ink * np.array(colour, dtype=np.float32)
+    return np.clip(np.rint(canvas * 255), 0, 255).astype(np.uint8)
+
+
+def _place(ink: np.ndarray, corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """``ink [D, D]`` at ``corners [frames, 2]`` on empty canvases, ``[frames, height, width, 1]``."""
+    canvas = np.zeros((len(corners), height + 1, width + 1, 1), dtype=np.float32)
+    for frame, (x, y) in enumerate(corners):
         left, top = int(x), int(y)
         right_share, lower_share = x - left, y - top
         for dy, weight_y in ((0, 1 - lower_share), (1, lower_share)):
             for dx, weight_x in ((0, 1 - right_share), (1, right_share)):
-                window = canvas[frame, top + dy : top + dy + DIGIT_PIXELS, left + dx : left + dx + DIGIT_PIXELS]
-                window += weight_y * weight_x * ink
-    grey = np.clip(np.rint(canvas[:, :height, :width] * 255), 0, 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
+                rows, columns = slice(top + dy, top + dy + DIGIT_PIXELS), slice(left + dx, left + dx + DIGIT_PIXELS)
+                canvas[frame, rows, columns, 0] += weight_y * weight_x * ink
+    return canvas[:, :height, :width]

@@ -6,7 +6,7 @@ Both trainings checkpoint into a folder and go on from there; for a given seed a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,29 +30,41 @@ def fit(
     seed: int,
     checkpoint: Path,
     progress: Progress,
+    matrices: Sequence[nn.Module] = (),
     checkpoint_every: int = 250,
 ) -> None:
-    """Minimise ``loss`` with AdamW (warm-up, cosine decay) and leave the averaged weights in ``module``.
+    """Minimise ``loss`` with Muon and AdamW (warm-up, cosine decay) and leave the averaged weights in ``module``.
 
-    ``loss`` draws everything random from the generator it is given, which is part of the checkpoint.
+    Muon moves the matrices inside ``matrices``, AdamW the rest. ``loss`` draws everything random from the generator it
+    is given, which is part of the checkpoint.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    hidden = {id(p) for inner in matrices for p in inner.parameters() if p.ndim == 2}
+    chosen = [p for p in module.parameters() if id(p) in hidden]
+    others = [p for p in module.parameters() if id(p) not in hidden]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    ]
+    if chosen:
+        muon = torch.optim.Muon(chosen, lr=2 * learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
     average = {name: value.detach().clone() for name, value in module.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
-    done = _restore(checkpoint, module, optimizer, schedule, average, generator)
+    done = _restore(checkpoint, module, optimizers, average, generator)
+    rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     module.train()
     for step in range(done, steps):
         value = loss(generator)
-        optimizer.zero_grad()
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = rate * _warmup_cosine(step, steps)
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer in optimizers:
+            optimizer.step()
         _follow(average, module, min(ema_decay, (1 + step) / (10 + step)))
         progress(step + 1, value.item())
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            _save(checkpoint, step + 1, module, optimizer, schedule, average, generator)
+            _save(checkpoint, step + 1, module, optimizers, average, generator)
     module.load_state_dict(average)
     module.eval()
 
@@ -75,7 +87,9 @@ def teacher_loss(
     text = torch.where(dropped[:, None, None], null_text, condition.text)
     condition = condition.with_text(text)
     eps = torch.randn(x_0.shape, generator=generator)
-    t = torch.rand(len(x_0), generator=generator)
+    # Evenly spread over the batch: the loss depends so much on the time that independent times would be mostly noise.
+    t = (torch.rand((), generator=generator) + torch.arange(len(x_0)) / len(x_0)) % 1
+    t = t[torch.randperm(len(t), generator=generator)]
     return flow_matching(lambda x_t, time: model.velocity(x_t, time, condition), x_0, eps, t)
 
 
@@ -92,12 +106,11 @@ def _follow(average: dict[str, Tensor], module: nn.Module, decay: float) -> None
         average[name].lerp_(value, 1 - decay)
 
 
-def _save(path: Path, step: int, module, optimizer, schedule, average, generator) -> None:
+def _save(path: Path, step: int, module, optimizers, average, generator) -> None:
     state = {
         "step": step,
         "module": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "average": average,
         "generator": generator.get_state(),
     }
@@ -107,13 +120,13 @@ def _save(path: Path, step: int, module, optimizer, schedule, average, generator
     partial.replace(path)
 
 
-def _restore(path: Path, module, optimizer, schedule, average, generator) -> int:
+def _restore(path: Path, module, optimizers, average, generator) -> int:
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
     module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     generator.set_state(state["generator"])
     for name, value in state["average"].items():
         average[name].copy_(value)
