@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from pose_core.runtime import cli
-from pose_core.runtime.compare_clips import SPLITS
 from pose_core.runtime.comparing import METHODS, TABLES, Wanted, open_comparison
+from pose_core.runtime.datasets import HELDOUT
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -37,7 +37,7 @@ def parse() -> tuple[Wanted, list[str]]:
     parser.add_argument(
         "--tables", type=tables, default=tuple(TABLES), help="equal generator updates, equal CPU time (updates,time)"
     )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="clips that are scored (default: test)")
+    parser.add_argument("--split", choices=HELDOUT, default="test", help="clips that are scored (default: test)")
     parser.add_argument("--parallel", type=positive, default=2, help="rows at a time, a core each (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
     parser.add_argument("--clips", type=int, default=16384, help="training clips")
-    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
     parser.add_argument("--teacher-steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=32)
@@ -93,9 +93,9 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
 def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progress: Progress) -> None:
     """Train the transformer and, with it, the text encoder."""
     codec = WanCodec(pipeline, TEXT_TOKENS)
-    x_0, image, first_frame = encode_clips(codec, videos, arguments.work / "encoded.pt", progress)
+    x_0, *of_image = encode_clips(codec, videos, arguments.work / "encoded.pt", progress)
     if arguments.task == "t2v":
-        image = first_frame = None
+        of_image = []
     words = pipeline.tokenizer([*texts, ""], max_length=TEXT_TOKENS, padding="max_length", return_tensors="pt")
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     model = Wan(transformer, IMAGE_TOKENS if arguments.task == "i2v" else 0)
@@ -107,9 +107,7 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
         of_each = torch.cat([rows, torch.tensor([len(texts)])])
         ids, mask = words.input_ids[of_each], words.attention_mask[of_each]
         text = text_encoder(ids, mask).last_hidden_state * mask[..., None]
-        condition = Condition(
-            text[:-1], None if image is None else image[rows], None if first_frame is None else first_frame[rows]
-        )
+        condition = Condition(text[:-1], *(part[rows] for part in of_image))
         return pretraining.teacher_loss(model, x_0[rows], condition, text[-1:], generator)
 
     pretraining.fit(

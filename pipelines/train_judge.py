@@ -35,14 +35,14 @@ def main() -> None:
         )
     heldout = {name: round(share, 4) for name, share in judge.accuracy(trained, seed=HELDOUT_SEED).items()}
     trained.save(arguments.out, {"steps": arguments.steps, "seed": arguments.seed, "heldout_accuracy": heldout})
-    print(f"held-out digits {heldout['digit']:.1%}, directions {heldout['direction']:.1%}; wrote {arguments.out}")
+    print(f"held-out digits {heldout['digit']:.1%}, motions {heldout['motion']:.1%}; wrote {arguments.out}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("pipelines/configs/teachers/digits_judge"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
     return parser.parse_args()
 

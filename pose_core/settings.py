@@ -70,11 +70,13 @@ class DataSettings(Section):
     digits_clips: PositiveInt = 768
     """Training clips that the embedded domain renders."""
     digits_heldout_clips: PositiveInt = 192
-    """Held-out clips, of other handwriting, that it renders on top."""
+    """Clips of other handwriting that it renders on top, for validation and for the report each."""
+    digits_level: Literal["one", "two"] = "two"
+    """Digits in a clip: one, or two that pass each other."""
     digits_clips_per_tar: PositiveInt = 64
-    frames: PositiveInt = 9
+    frames: PositiveInt = 17
     """Frames of a training clip, 4k+1 or as the model's temporal compression asks."""
-    height: PositiveInt = 32
+    height: PositiveInt = 16
     width: PositiveInt = 32
     frames_per_second: Annotated[float, Field(gt=0, le=240)] = 8.0
     min_side_pixels: PositiveInt = 16
@@ -84,7 +86,8 @@ class DataSettings(Section):
     min_motion: Annotated[float, Field(ge=0, le=255)] = 0.0
     """Clips whose mean absolute difference between frames is lower are dropped as still (0 keeps all)."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Share of clips without a split of their own that is kept for validation and the report."""
+    """Share of clips without a split of their own that is kept from training: half for validation, half for the
+    report."""
     text_tokens: Annotated[int, Field(ge=1, le=512)] = 16
     """Text embeddings kept a prompt; the rest of the text encoder's 512 are zeros. A longer prompt is cut."""
     clips_per_shard: PositiveInt = 64

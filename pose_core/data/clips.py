@@ -23,7 +23,7 @@ MAX_FRAMES = 2048
 """Most frames that ``decode`` keeps of one video."""
 MAX_PIXELS = 4096 * 2304
 """Largest frame that ``decode`` accepts, width times height."""
-SPLITS = ("", "train", "heldout")
+SPLITS = ("", "train", "validation", "test")
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 Row = dict[str, Any]
@@ -213,8 +213,8 @@ def clips_of(sample: dict[str, Any], rules: ClipRules) -> list[Row]:
     """Turn one WebDataset sample into training rows; a sample that cannot be used gives one row that says why.
 
     ``sample`` holds ``__key__``, ``__url__`` (its shard), ``mp4`` (bytes) and ``json`` (bytes or a dictionary with
-    ``prompt`` and perhaps ``split``: ``train`` or ``heldout``). Rows are ``key``, ``shard``, ``prompt``, ``split``
-    (empty when not said), ``video`` (uint8 ``[frames, height, width, 3]``, zeros when unusable) and ``reason``: empty
+    ``prompt`` and perhaps ``split``: ``train``, ``validation`` or ``test``). Rows are ``key``, ``shard``, ``prompt``,
+    ``split`` (empty when not said), ``video`` (uint8 ``[frames, height, width, 3]``, zeros when unusable) and ``reason``: empty
     for a good clip, else ``<category>: <phrase>[, <detail>]`` with the category ``caption``, ``decode`` or ``filter``.
     With ``rules.clips_per_video`` over one, keys of clips end in ``-000``, ``-001``, … Bad data raises nothing.
     """
@@ -260,7 +260,7 @@ def _caption(raw: Any) -> tuple[str, str]:
     if not prompt.strip():
         raise DataError("caption: empty prompt")
     if split not in SPLITS:
-        raise DataError("caption: split is neither train nor heldout")
+        raise DataError("caption: split is not train, validation or test")
     return prompt.strip(), split
 
 

@@ -71,9 +71,7 @@ class DigitClip:
     @property
     def prompt(self) -> str:
         """``a red seven moving left fast in front of a green two moving right slowly``, or its first half."""
-        return " in front of ".join(
-            mover.named(colour) for mover, colour in zip(self.movers, COLOURS, strict=False)
-        )
+        return " in front of ".join(mover.named(colour) for mover, colour in zip(self.movers, COLOURS, strict=False))
 
 
 @functools.lru_cache(maxsize=1)
@@ -98,12 +96,15 @@ def samples_of(digit: int, split: str) -> np.ndarray:
     return indices[chosen]
 
 
-def draw_clip(rng: np.random.Generator, *, level: str = "two", split: str = "train") -> DigitClip:
-    """Draw what a clip shows: digits, handwriting, directions, paces, places and speeds, all uniform."""
+def draw_clip(rng: np.random.Generator, *, level: str = "two", split: str = "train", width: int = WIDTH) -> DigitClip:
+    """Draw what a clip ``width`` pixels wide shows; digits, handwriting, motions, places and speeds are all uniform.
+
+    ``width`` must leave two digits ``CLEAR_PIXELS`` between their starts.
+    """
     while True:
         movers = [_draw_mover(rng, split) for _ in range(1 + LEVELS.index(level))]
         clip = DigitClip(*movers)
-        if clip.behind is None or abs(clip.front.x - clip.behind.x) * (WIDTH - DIGIT_PIXELS) >= CLEAR_PIXELS:
+        if clip.behind is None or abs(clip.front.x - clip.behind.x) * (width - DIGIT_PIXELS) >= CLEAR_PIXELS:
             return clip
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pose_core.data.clips import ClipRules, encode_mp4
-from pose_core.data.moving_digits import DIGIT_PIXELS, draw_clip, render
+from pose_core.data.moving_digits import CLEAR_PIXELS, DIGIT_PIXELS, SPLITS, draw_clip, render
 from pose_core.errors import DataError
 
 SHARD_VERSION = "1"
@@ -66,27 +66,27 @@ def write_tar(target: str | Path | IO[bytes], samples: Iterable[tuple[str, Mappi
                 tar.addfile(member, io.BytesIO(content))
 
 
-def digits_tar(seed: int, index: int, clips: int, heldout: bool, rules: ClipRules) -> bytes:
+def digits_tar(seed: int, index: int, clips: int, split: str, level: str, rules: ClipRules) -> bytes:
     """Render tar number ``index`` of the moving-digits domain: ``clips`` mp4 clips of ``rules``' size and rate.
 
-    Each sample's json holds ``prompt``, ``split`` (``train`` or ``heldout``) and every field of ``DigitClip``. The same
-    arguments always give the same bytes; training and held-out tars share no handwriting.
+    Each sample's json holds ``prompt``, ``split`` (one of ``SPLITS``) and every field of ``DigitClip``. The same
+    arguments always give the same bytes; tars of different splits share no handwriting.
 
     Raises:
         DataError: the canvas leaves a digit no room to move.
     """
-    if min(rules.height, rules.width) <= DIGIT_PIXELS:
-        size = f"{rules.height} x {rules.width}"
+    widest = DIGIT_PIXELS + int(1.5 * CLEAR_PIXELS)
+    if rules.height < DIGIT_PIXELS or rules.width < widest:
         raise DataError(
-            f"data.height x data.width = {size} leaves moving digits no room: use at least {DIGIT_PIXELS + 1} a side",
+            f"data.height x data.width = {rules.height} x {rules.width} leaves moving digits no room: use at least "
+            f"{DIGIT_PIXELS} x {widest}",
             in_call=True,
         )
-    split = "heldout" if heldout else "train"
-    rng = np.random.default_rng([seed, index, int(heldout)])
+    rng = np.random.default_rng([seed, index, SPLITS.index(split)])
 
     def samples() -> Iterable[tuple[str, dict[str, bytes]]]:
         for number in range(clips):
-            clip = draw_clip(rng, heldout=heldout)
+            clip = draw_clip(rng, level=level, split=split, width=rules.width)
             frames = render(clip, rules.frames, rules.height, rules.width)
             caption = {"prompt": clip.prompt, "split": split, **asdict(clip)}
             members = {"mp4": encode_mp4(frames, rules.frames_per_second), "json": json.dumps(caption).encode()}

@@ -1,7 +1,9 @@
 """The judge: a small video classifier of the moving digits domain, behind the figures of ``metrics.py``.
 
-It names digit and direction and gives the features whose Fréchet distances measure frame and motion quality. It learns
-on degraded and disordered clips too, and to tell how: what a head must read off the features, the distances can see.
+It looks at a clip once for each digit in it, at the red one with red as its first channel and at the green one with
+green: two *roles*, one network. It names digit, direction and pace and gives the features whose Fréchet distances
+measure frame and motion quality. It learns on degraded and disordered clips too, and to tell how: what a head must read
+off the features, the distances can see.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ from pose_core.errors import CheckpointError
 
 WEIGHTS_FILE = "judge.safetensors"
 CONFIG_FILE = "config.json"
-DIRECTION_NAMES = tuple(moving_digits.DIRECTIONS)
+MOTIONS = tuple((direction, pace) for direction in moving_digits.DIRECTIONS for pace in moving_digits.PACES)
+ROLE_CHANNELS = ((0, 1, 2), (1, 0, 2))
+"""Colour channels in the order in which each role sees them: its own, the other's, the rest."""
 WHITENING_CLIPS = 600
+ONE_DIGIT_EVERY = 6
+"""Every so many-th clip the judge learns from shows one digit."""
 DEGRADATIONS = ("blur", "blocks", "ghost", "gain", "noise")
 DISORDERS = ("none", "shuffled", "frozen", "swapped", "jittered")
 
 INK_FLOOR = 0.15
-"""Share of a frame's brightest value that counts as background; keeps noise from pulling the centre inwards."""
+"""Share of a frame's strongest ink that counts as background; keeps noise from pulling the centre inwards."""
 WHITENING_RIDGE = 0.1
 """Added to the variance of each principal feature before it is made one. Degradations barely vary between clean clips,
 so without whitening the choice of digits drowns them in a Fréchet distance; a smaller ridge lets faint noise rule."""
@@ -37,22 +43,27 @@ so without whitening the choice of digits drowns them in a Fréchet distance; a 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in ``N`` clips of ``T`` frames; features are whitened over clean training clips."""
+    """What the judge sees in ``N`` clips of ``T`` frames, for each of the ``R = 2`` roles, the digit in front first.
+
+    Features are whitened over clean training clips. What is said of a digit that is not there means nothing.
+    """
 
     digit_logits: Tensor
-    """``[N, T, 10]``, one guess a frame."""
-    direction_logits: Tensor
-    """``[N, 8]``, in the order of ``DIRECTION_NAMES``."""
+    """``[N, R, T, 10]``, one guess a frame."""
+    motion_logits: Tensor
+    """``[N, R, 4]``, in the order of ``MOTIONS``."""
     frame_features: Tensor
-    """``[N, T, D]``: what a frame shows and how cleanly."""
+    """``[N, R, T, D]``: what a frame shows and how cleanly."""
     clip_features: Tensor
-    """``[N, D]``: how the clip moves and holds together."""
+    """``[N, R, D]``: how the clip moves and holds together."""
     degradations: Tensor
-    """``[N, T, 5]``, estimated strengths in about [0, 1], in the order of ``DEGRADATIONS``."""
+    """``[N, R, T, 5]``, estimated strengths in about [0, 1], in the order of ``DEGRADATIONS``."""
     disorder_logits: Tensor
-    """``[N, 5]``, in the order of ``DISORDERS``."""
+    """``[N, R, 5]``, in the order of ``DISORDERS``."""
     centres: Tensor
-    """``[N, T, 2]``: the digit's centre as (x, y) in pixels."""
+    """``[N, R, T, 2]``: the digit's centre as (x, y) in pixels."""
+    inks: Tensor
+    """``[N, R, T]``: how much of the digit's colour is seen, in full pixels."""
 
 
 class Judge(nn.Module):
@@ -71,11 +82,11 @@ class Judge(nn.Module):
         self.digit_head = nn.Linear(feature_size, len(moving_digits.DIGIT_NAMES))
         self.degradation_head = nn.Linear(feature_size, len(DEGRADATIONS))
         self.temporal = nn.Sequential(
-            *_block(nn.Conv1d(feature_size + 3, 3 * width, 3, padding=1, bias=False), nn.BatchNorm1d(3 * width)),
+            *_block(nn.Conv1d(feature_size + 4, 3 * width, 3, padding=1, bias=False), nn.BatchNorm1d(3 * width)),
             *_block(nn.Conv1d(3 * width, 3 * width, 3, padding=1, bias=False), nn.BatchNorm1d(3 * width)),
         )
         self.clip_projection = _projection(3 * width, feature_size)
-        self.direction_head = nn.Linear(feature_size, len(DIRECTION_NAMES))
+        self.motion_head = nn.Linear(feature_size, len(MOTIONS))
         self.disorder_head = nn.Linear(feature_size, len(DISORDERS))
         self.frame_whitening = nn.Buffer(torch.eye(feature_size))
         self.clip_whitening = nn.Buffer(torch.eye(feature_size))
@@ -83,21 +94,25 @@ class Judge(nn.Module):
     def forward(self, clips: Tensor) -> Verdict:
         """Judge ``clips [N, T, 3, H, W]`` in [0, 1]."""
         count, frames, _, height, width = clips.shape
-        pooled = self.encoder(clips.flatten(0, 1)).mean(dim=(2, 3))
-        frame_features = self.frame_projection(pooled).unflatten(0, (count, frames))
-        centres = brightness_centres(clips)
+        roles = len(ROLE_CHANNELS)
+        seen = torch.stack([clips[:, :, list(channels)] for channels in ROLE_CHANNELS], dim=1)
+        pooled = self.encoder(seen.flatten(0, 2)).mean(dim=(2, 3))
+        frame_features = self.frame_projection(pooled).view(count, roles, frames, -1)
+        centres, inks = ink_centres(clips)
         place = centres / clips.new_tensor([width, height]) * 2 - 1
-        time = torch.linspace(-1, 1, frames, device=clips.device).expand(count, frames)[..., None]
-        track = torch.cat([frame_features, 2 * place, time], dim=-1).transpose(1, 2)
-        clip_features = self.clip_projection(self.temporal(track).mean(dim=2))
+        time = torch.linspace(-1, 1, frames, device=clips.device).expand(count, roles, frames)[..., None]
+        share = inks / inks.amax(dim=-1, keepdim=True).clamp(min=1e-6)
+        track = torch.cat([frame_features, 2 * place, time, share[..., None]], dim=-1).flatten(0, 1).transpose(1, 2)
+        clip_features = self.clip_projection(self.temporal(track).mean(dim=2)).view(count, roles, -1)
         return Verdict(
             digit_logits=self.digit_head(frame_features),
-            direction_logits=self.direction_head(clip_features),
+            motion_logits=self.motion_head(clip_features),
             frame_features=frame_features @ self.frame_whitening,
             clip_features=clip_features @ self.clip_whitening,
             degradations=self.degradation_head(frame_features),
             disorder_logits=self.disorder_head(clip_features),
             centres=centres,
+            inks=inks,
         )
 
     @torch.no_grad()
@@ -138,25 +153,34 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def brightness_centres(clips: Tensor) -> Tensor:
-    """Centre of mass of the brightness above the background, ``[N, T, 2]`` as (x, y) in pixels.
+def ink_of_roles(clips: Tensor) -> Tensor:
+    """How much more of each role's colour than of the other's a pixel has: ``[N, R, T, H, W]`` in [0, 1].
 
-    ``clips [N, T, 3, H, W]`` in [0, 1]; a blank frame has its centre in the middle.
+    ``clips [N, T, 3, H, W]`` in [0, 1]. Where the digit in front covers the one behind, only the front has ink.
     """
-    grey = clips.mean(dim=2)
-    ink = (grey - INK_FLOOR * grey.amax(dim=(-2, -1), keepdim=True)).clamp(min=0) + 1e-6
+    return torch.stack([(clips[:, :, own] - clips[:, :, other]) for own, other, _ in ROLE_CHANNELS], dim=1).clamp(min=0)
+
+
+def ink_centres(clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre of mass of each role's ink, ``[N, R, T, 2]`` as (x, y) in pixels, and its sum, ``[N, R, T]``.
+
+    ``clips [N, T, 3, H, W]`` in [0, 1]; without any ink the centre is the middle of the frame.
+    """
+    ink = ink_of_roles(clips)
+    height, width = ink.shape[-2:]
+    ink = (ink - INK_FLOOR * ink.amax(dim=(-2, -1), keepdim=True)).clamp(min=0) + 1e-6
     mass = ink.sum(dim=(-2, -1))
-    x = (ink.sum(dim=-2) * torch.arange(grey.shape[-1], device=grey.device)).sum(dim=-1) / mass
-    y = (ink.sum(dim=-1) * torch.arange(grey.shape[-2], device=grey.device)).sum(dim=-1) / mass
-    return torch.stack([x, y], dim=-1)
+    x = (ink.sum(dim=-2) * torch.arange(width, device=ink.device)).sum(dim=-1) / mass
+    y = (ink.sum(dim=-1) * torch.arange(height, device=ink.device)).sum(dim=-1) / mass
+    return torch.stack([x, y], dim=-1), mass
 
 
 def train(
     *,
     steps: int,
     seed: int,
-    batch_clips: int = 48,
-    frames: int = 9,
+    batch_clips: int = 32,
+    frames: int = moving_digits.FRAMES,
     learning_rate: float = 3e-3,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Judge:
@@ -179,32 +203,37 @@ def train(
         progress(step + 1, loss.item())
     judge.eval()
     clean = judge.watch(_draw(rng, WHITENING_CLIPS, frames)[1])
-    judge.frame_whitening.copy_(_whitening(clean.frame_features.flatten(0, 1)))
-    judge.clip_whitening.copy_(_whitening(clean.clip_features))
+    judge.frame_whitening.copy_(_whitening(clean.frame_features.flatten(0, 2)))
+    judge.clip_whitening.copy_(_whitening(clean.clip_features.flatten(0, 1)))
     return judge
 
 
-def accuracy(judge: Judge, *, seed: int, clips: int = 500, frames: int = 9) -> dict[str, float]:
-    """Share of held-out handwriting clips, in [0, 1], whose ``digit`` and whose ``direction`` the judge names."""
-    drawn, videos = _draw(np.random.default_rng(seed), clips, frames, heldout=True)
+def accuracy(judge: Judge, *, seed: int, clips: int = 500, frames: int = moving_digits.FRAMES) -> dict[str, float]:
+    """Share of digits in held-out clips, in [0, 1], whose ``digit`` and whose ``motion`` the judge names."""
+    drawn, videos = _draw(np.random.default_rng(seed), clips, frames, split="validation")
     verdict = judge.watch(videos)
-    digits, directions = _labels(drawn)
-    return {
-        "digit": (verdict.digit_logits.mean(dim=1).argmax(dim=-1) == digits).float().mean().item(),
-        "direction": (verdict.direction_logits.argmax(dim=-1) == directions).float().mean().item(),
+    digits, motions, there = _labels(drawn)
+    right = {
+        "digit": verdict.digit_logits.mean(dim=2).argmax(dim=-1) == digits,
+        "motion": verdict.motion_logits.argmax(dim=-1) == motions,
     }
+    return {name: guesses[there].float().mean().item() for name, guesses in right.items()}
 
 
 def _draw(
-    rng: np.random.Generator, count: int, frames: int, *, heldout: bool = False
+    rng: np.random.Generator, count: int, frames: int, *, split: str = "train", one_digit_every: int = 0
 ) -> tuple[list[moving_digits.DigitClip], np.ndarray]:
-    drawn = [moving_digits.draw_clip(rng, heldout=heldout) for _ in range(count)]
+    one = [one_digit_every > 0 and index % one_digit_every == 0 for index in range(count)]
+    drawn = [moving_digits.draw_clip(rng, level="one" if each else "two", split=split) for each in one]
     return drawn, np.stack([moving_digits.render(clip, frames) for clip in drawn])
 
 
-def _labels(drawn: list[moving_digits.DigitClip]) -> tuple[Tensor, Tensor]:
-    digits = torch.tensor([clip.digit for clip in drawn])
-    return digits, torch.tensor([DIRECTION_NAMES.index(clip.direction) for clip in drawn])
+def _labels(drawn: list[moving_digits.DigitClip]) -> tuple[Tensor, Tensor, Tensor]:
+    """Digit and index into ``MOTIONS`` of each role, ``[N, R]``, and whether the role is there."""
+    movers = [(clip.front, clip.behind or clip.front) for clip in drawn]
+    digits = torch.tensor([[mover.digit for mover in pair] for pair in movers])
+    motions = torch.tensor([[MOTIONS.index((mover.direction, mover.pace)) for mover in pair] for pair in movers])
+    return digits, motions, torch.tensor([[True, clip.behind is not None] for clip in drawn])
 
 
 def _whitening(features: Tensor) -> Tensor:
@@ -213,29 +242,36 @@ def _whitening(features: Tensor) -> Tensor:
 
 
 def _loss(judge: Judge, rng: np.random.Generator, generator: torch.Generator, count: int, frames: int) -> Tensor:
-    drawn, videos = _draw(rng, count, frames)
-    digits, directions = _labels(drawn)
-    digits = digits[:, None].expand(-1, frames)
-    clips, digits, disorders = disorder(torch.from_numpy(videos).movedim(-1, 2) / 255, digits, generator)
+    drawn, videos = _draw(rng, count, frames, one_digit_every=ONE_DIGIT_EVERY)
+    digits, motions, there = _labels(drawn)
+    labels = torch.where(there, digits, -1)[..., None].expand(-1, -1, frames)
+    clips, labels, disorders = disorder(torch.from_numpy(videos).movedim(-1, 2) / 255, labels, generator)
     clips, strengths = degrade(clips, generator)
     verdict = judge(clips)
-    # A shuffled, frozen or swapped clip has no direction to name.
-    ordered = (disorders == 0).float()
-    direction = F.cross_entropy(verdict.direction_logits, directions, reduction="none")
+    # A shuffled, frozen or swapped clip has no motion to name.
+    ordered = there & (disorders == 0)[:, None]
+    roles = there.shape[1]
+    motions = torch.where(ordered, motions, -1)
     return (
-        F.cross_entropy(verdict.digit_logits.flatten(0, 1), digits.flatten(), label_smoothing=0.02)
-        + (direction * ordered).sum() / ordered.sum().clamp(min=1)
-        + 0.5 * F.cross_entropy(verdict.disorder_logits, disorders)
-        + 2 * F.mse_loss(verdict.degradations, strengths[:, None].expand(-1, frames, -1))
+        F.cross_entropy(verdict.digit_logits.flatten(0, 2), labels.flatten(), ignore_index=-1, label_smoothing=0.02)
+        + F.cross_entropy(
+            verdict.motion_logits.flatten(0, 1), torch.where(ordered, motions, -1).flatten(), ignore_index=-1
+        )
+        + 0.5 * F.cross_entropy(verdict.disorder_logits[there], disorders[:, None].expand(-1, roles)[there])
+        + 2 * F.mse_loss(verdict.degradations[there], _each_frame(strengths, roles, frames)[there])
     )
 
 
-def disorder(clips: Tensor, digits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Spoil the time axis of about four clips in ten: shuffle, freeze, swap the digit midway, or let it jitter.
+def _each_frame(strengths: Tensor, roles: int, frames: int) -> Tensor:
+    return strengths[:, None, None].expand(-1, roles, frames, -1)
 
-    Takes and returns ``clips [N, T, 3, H, W]`` and ``digits [N, T]``; adds the index into ``DISORDERS``, ``[N]``.
+
+def disorder(clips: Tensor, digits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Spoil the time axis of about four clips in ten: shuffle, freeze, swap the digits midway, or let them jitter.
+
+    Takes and returns ``clips [N, T, 3, H, W]`` and ``digits [N, R, T]``; adds the index into ``DISORDERS``, ``[N]``.
     """
-    count, frames = digits.shape
+    count, _, frames = digits.shape
     kinds = (torch.rand(count, generator=generator) * 10 - 5).floor().clamp(min=0).long()
     other_clips, other_digits = clips.roll(1, 0), digits.roll(1, 0)
     clips, digits = clips.clone(), digits.clone()
@@ -246,7 +282,7 @@ def disorder(clips: Tensor, digits: Tensor, generator: torch.Generator) -> tuple
             clips[row] = clips[row, :1].clone()
         elif DISORDERS[kind] == "swapped":
             cut = int(torch.randint(1, frames, (), generator=generator))
-            clips[row, cut:], digits[row, cut:] = other_clips[row, cut:], other_digits[row, cut:]
+            clips[row, cut:], digits[row, :, cut:] = other_clips[row, cut:], other_digits[row, :, cut:]
         elif DISORDERS[kind] == "jittered":
             for frame, shift in enumerate(torch.randint(-2, 3, (frames, 2), generator=generator).tolist()):
                 clips[row, frame] = clips[row, frame].roll(shift, (-2, -1))

@@ -23,7 +23,7 @@ def with_reference(videos: np.ndarray, clips: int) -> tuple[np.ndarray, np.ndarr
 
 
 def scorer(
-    judge: str, prompts: list[str], first_frames: np.ndarray, reference: np.ndarray
+    judge: str, prompts: list[str], first_frames: np.ndarray | None, reference: np.ndarray
 ) -> Callable[[np.ndarray], dict[str, float]]:
     """Scores videos with the judge in the folder of that name, or without a name by what needs no network.
 

@@ -40,9 +40,9 @@ def build_vae() -> AutoencoderKLWan:
     It folds 2 x 2 pixels into channels first, as Wan 2.2's does, which makes it three times faster on a CPU.
     """
     return AutoencoderKLWan(
-        base_dim=24,
+        base_dim=16,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2],
+        dim_mult=[1, 3],
         num_res_blocks=1,
         temperal_downsample=[True],
         in_channels=12,
@@ -123,7 +123,7 @@ def build_image_encoder(image_size: int = 32) -> tuple[CLIPVisionModel, CLIPImag
 
 
 def build_pipeline(prompts: Iterable[str], seed: int, task: str = "i2v") -> WanImageToVideoPipeline | WanPipeline:
-    """Every part of a small pipeline for ``i2v`` or ``t2v``, initialised from ``seed``; nothing in it is trained yet."""
+    """Every part of a small pipeline for ``i2v`` or ``t2v``, initialised from ``seed``; nothing is trained yet."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = build_tokenizer(prompts)

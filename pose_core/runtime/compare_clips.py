@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ from pose_core.data.shards import from_table, read_parquet_bytes
 from pose_core.errors import DataError
 from pose_core.evaluation.scoring import with_reference
 from pose_core.models.video_model import Condition
-from pose_core.runtime.datasets import TRAINED_ON, Prepared
+from pose_core.runtime.datasets import HELDOUT, TRAINED_ON, Prepared
 from pose_core.runtime.local_files import write_whole
 from pose_core.training.state import Batch
 
-SPLITS = ("validation", "test")
 TRAIN = "train"
 NULL_TEXT = "null_text"
 
@@ -39,26 +37,21 @@ class Heldout:
     """Other real videos ``[M, T, H, W, 3]`` uint8; the same ones where there are too few others."""
 
 
-def heldout_rows(prepared: Prepared, split: str) -> dict[str, Any]:
-    """All clips of ``split``, every column. Prepared data has one held-out split so far, so every name means that."""
-    return prepared.heldout(prepared.rows("heldout"))
-
-
 def write_clips(folder: Path, prepared: Prepared, key: str) -> None:
     """Copy what training and evaluation read to ``folder``, marked with ``key``."""
     shards = sorted(name for name in prepared.shards if name.startswith("train/"))
     tables = [from_table(read_parquet_bytes(prepared.store.read_bytes(name))) for name in shards]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in TRAINED_ON if name in tables[0]}
     _write(folder, TRAIN, columns | {NULL_TEXT: prepared.null_text()}, {"key": key})
-    for split in SPLITS:
-        rows = heldout_rows(prepared, split)
+    for split in HELDOUT:
+        rows = prepared.heldout(split, sum(prepared.shards.values()))
         columns = {name: np.asarray(rows[name]) for name in (*TRAINED_ON, "video") if name in rows}
         _write(folder, split, columns, {"key": key, "prompts": json.dumps(rows["prompt"])})
 
 
 def has_clips(folder: Path, key: str) -> bool:
     """Whether ``folder`` holds every split, written with ``key``."""
-    files = [_file(folder, split) for split in (TRAIN, *SPLITS)]
+    files = [_file(folder, split) for split in (TRAIN, *HELDOUT)]
     return all(file.is_file() for file in files) and all(_metadata(file)["key"] == key for file in files)
 
 

@@ -203,7 +203,8 @@ def _videos(job: RowJob, heldout: Heldout, noises: int, sample: Sample, label: s
 
 
 def _figures(settings: Settings, heldout: Heldout, videos: np.ndarray) -> dict[str, float]:
-    return scorer(settings.evaluation.judge, heldout.prompts, heldout.videos[:, 0], heldout.reference)(videos)
+    first_frames = heldout.videos[:, 0] if settings.model.task == "i2v" else None
+    return scorer(settings.evaluation.judge, heldout.prompts, first_frames, heldout.reference)(videos)
 
 
 def _teacher_folder(settings: Settings) -> Path:

@@ -24,6 +24,9 @@ from pose_core.settings import DataSettings
 
 TRAINED_ON = ("latents", "text", "image", "first_frame")
 NULL_TEXT = "null_text.parquet"
+HELDOUT = ("validation", "test")
+"""Splits that are kept from training: what is watched while training, and what is reported."""
+SPLITS = ("train", *HELDOUT)
 
 
 def clip_rules(data: DataSettings) -> ClipRules:
@@ -42,7 +45,7 @@ def clip_rules(data: DataSettings) -> ClipRules:
 def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher: Path) -> Iterator[dict[str, Any]]:
     """Stream raw tars into training shards below ``out``; yields what each writer wrote and refused.
 
-    A report holds ``shard`` and ``rows`` of the ``train`` and ``heldout`` files and the ``quarantine`` lines.
+    A report holds ``shard`` and ``rows`` of the files of each split and the ``quarantine`` lines.
     """
     _in_order_and_quiet()
     filesystem, base = raw.arrow()
@@ -111,14 +114,15 @@ class Encoder:
 
 
 def write_shard(rows: dict[str, np.ndarray], out: Store, heldout_fraction: float) -> dict[str, np.ndarray]:
-    """Write the good rows of a batch as at most two training shards; one row that reports on all of them."""
+    """Write the good rows of a batch as at most one training shard a split; one row that reports on all of them."""
     good = rows["reason"] == ""
-    heldout = np.array([_is_heldout(s, k, heldout_fraction) for s, k in zip(rows["split"], rows["key"], strict=True)])
+    splits = np.array([split_of(s, k, heldout_fraction) for s, k in zip(rows["split"], rows["key"], strict=True)])
     report: dict[str, Any] = {"shards": {}, "quarantine": []}
-    for split, chosen in (("train", good & ~heldout), ("heldout", good & heldout)):
+    for split in SPLITS:
+        chosen = good & (splits == split)
         if chosen.any():
             names = ["key", "prompt", *(name for name in TRAINED_ON if name in rows)]
-            columns = {name: rows[name][chosen] for name in names + ["video"] * (split == "heldout")}
+            columns = {name: rows[name][chosen] for name in names + ["video"] * (split != "train")}
             digest = hashlib.sha256("\n".join(columns["key"]).encode()).hexdigest()[:16]
             out.write_bytes(f"{split}/{digest}.parquet", parquet_bytes(to_table(columns)))
             report["shards"][f"{split}/{digest}.parquet"] = int(chosen.sum())
@@ -127,11 +131,12 @@ def write_shard(rows: dict[str, np.ndarray], out: Store, heldout_fraction: float
     return {"report": np.array([json.dumps(report)])}
 
 
-def _is_heldout(split: str, key: str, fraction: float) -> bool:
-    """A clip's own split, or else a fixed share of clips chosen by the hash of their key."""
+def split_of(split: str, key: str, heldout_fraction: float) -> str:
+    """A clip's own split; or else, by the hash of its key, ``validation`` and ``test`` for half of the share each."""
     if split:
-        return split == "heldout"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < fraction * 2**32
+        return split
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+    return "validation" if place < heldout_fraction / 2 else "test" if place < heldout_fraction else "train"
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,17 @@ class Prepared:
         source = ray.data.from_items(parts, override_num_blocks=len(parts))
         return source.map_batches(read_shard, fn_args=(self.store,), batch_size=1, num_cpus=0.25)
 
-    def heldout(self, rows: int) -> dict[str, Any]:
-        """The first ``rows`` held-out rows, every column; fewer where there are fewer."""
+    def heldout(self, split: str, rows: int) -> dict[str, Any]:
+        """The first ``rows`` rows of ``validation`` or ``test``, every column; fewer where there are fewer.
+
+        Where a split is empty, which happens to small datasets, the other one stands in for it.
+
+        Raises:
+            DataError: both are empty (correctable in the call).
+        """
         tables: list[dict[str, Any]] = []
-        for name in sorted(name for name in self.shards if name.startswith("heldout/")):
+        names = [sorted(name for name in self.shards if name.startswith(f"{each}/")) for each in (split, *HELDOUT)]
+        for name in next(filter(None, names), []):
             if sum(len(table["key"]) for table in tables) >= rows:
                 break
             tables.append(from_table(read_parquet_bytes(self.store.read_bytes(name))))

@@ -28,7 +28,7 @@ COLUMNS = 100
 ROOMY_BYTES = 2**30
 """Free disk below which an embedded store is likely to fill it."""
 WRITES = {
-    "prepare_data": "train/, heldout/",
+    "prepare_data": "train/, validation/, test/",
     "stability_priming": "generator/, checkpoints/",
     "adversarial_equilibrium": "generator/, checkpoints/",
     "evaluate": "report/",
@@ -100,7 +100,7 @@ def _raw_data(settings: Settings) -> Check:
     if uri == MOVING_DIGITS:
         data = settings.data
         return Check(
-            "raw data", OK, f"{data.digits_clips} + {data.digits_heldout_clips} clips of moving digits, rendered"
+            "raw data", OK, f"{data.digits_clips} + 2 x {data.digits_heldout_clips} clips of moving digits, rendered"
         )
     if _is_placeholder(uri):
         return Check("raw data", WARNING, f"{uri} is a placeholder: set data.raw_uri to your videos")

@@ -107,7 +107,7 @@ def evaluate_generators(run: StageRun) -> None:
     """
     settings = run.settings
     prepared = open_prepared(run)
-    rows = prepared.heldout(2 * settings.evaluation.clips)
+    rows = prepared.heldout("test", 2 * settings.evaluation.clips)
     count = min(settings.evaluation.clips, len(rows["key"]))
     generated = {name: cells[:count] for name, cells in rows.items()}
     real, reference = with_reference(rows["video"], count)
@@ -120,7 +120,8 @@ def evaluate_generators(run: StageRun) -> None:
         prepared.null_text(),
         lambda done: run.display.update(run.name, done, count),
     )
-    score = scorer(settings.evaluation.judge, generated["prompt"], real[:, 0], reference)
+    first_frames = real[:, 0] if settings.model.task == "i2v" else None
+    score = scorer(settings.evaluation.judge, generated["prompt"], first_frames, reference)
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
     with tempfile.TemporaryDirectory() as folder:

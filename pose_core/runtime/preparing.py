@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pose_core.data.shards import digits_tar
 from pose_core.errors import DataError
-from pose_core.runtime.datasets import Prepared, clip_rules, prepare
+from pose_core.runtime.datasets import HELDOUT, Prepared, clip_rules, prepare
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
 from pose_core.settings import DataSettings
@@ -46,20 +46,25 @@ def raw_shards(run: StageRun) -> RawShards:
 
 def _upload_digits(run: StageRun) -> RawShards:
     data, seed = run.settings.data, run.settings.run.seed
-    name = f"raw/moving_digits-{data.frames}x{data.height}x{data.width}-{data.frames_per_second:g}fps-seed{seed}"
+    size = f"{data.frames}x{data.height}x{data.width}-{data.frames_per_second:g}fps"
+    name = f"raw/moving_digits-{data.digits_level}-{size}-seed{seed}"
     store = run.root.child(name)
     wanted = [
-        (f"{split}-{index:05d}.tar", index, clips, split == "heldout")
-        for split, total in (("train", data.digits_clips), ("heldout", data.digits_heldout_clips))
+        (f"{split}-{index:05d}-{clips}.tar", index, clips, split)
+        for split, total in digits_clips(data).items()
         for index, clips in enumerate(_split(total, data.digits_clips_per_tar))
     ]
     there = set(store.list())
-    for done, (key, index, clips, heldout) in enumerate(wanted):
-        key = key.replace(".tar", f"-{clips}.tar")
+    for done, (key, index, clips, split) in enumerate(wanted):
         if key not in there:
-            store.write_bytes(key, digits_tar(seed, index, clips, heldout, clip_rules(data)))
+            store.write_bytes(key, digits_tar(seed, index, clips, split, data.digits_level, clip_rules(data)))
         run.display.update("rendering clips", done + 1, len(wanted))
-    return RawShards(store, [key.replace(".tar", f"-{clips}.tar") for key, _, clips, _ in wanted])
+    return RawShards(store, [key for key, *_ in wanted])
+
+
+def digits_clips(data: DataSettings) -> dict[str, int]:
+    """Clips of the embedded domain by split."""
+    return {"train": data.digits_clips} | dict.fromkeys(HELDOUT, data.digits_heldout_clips)
 
 
 def _split(total: int, size: int) -> list[int]:
@@ -93,15 +98,14 @@ def prepare_shards(run: StageRun, raw: RawShards, teacher: Path) -> None:
         )
     run.tracker.log_text("".join(line + "\n" for line in quarantine), QUARANTINE)
     run.metrics |= {
-        "train_clips": prepared.rows("train"),
-        "heldout_clips": prepared.rows("heldout"),
+        **{f"{split}_clips": prepared.rows(split) for split in ("train", *HELDOUT)},
         "quarantined_clips": len(quarantine),
     } | {f"quarantined/{reason}": count for reason, count in reasons.items()}
 
 
 def _expected(data: DataSettings) -> int:
     """Clips to come where that is known, for the progress bar."""
-    return data.digits_clips + data.digits_heldout_clips if data.raw_uri == MOVING_DIGITS else 0
+    return sum(digits_clips(data).values()) if data.raw_uri == MOVING_DIGITS else 0
 
 
 def open_prepared(run: StageRun) -> Prepared:
