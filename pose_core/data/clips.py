@@ -214,8 +214,9 @@ def clips_of(sample: dict[str, Any], rules: ClipRules) -> list[Row]:
 
     ``sample`` holds ``__key__``, ``__url__`` (its shard), ``mp4`` (bytes) and ``json`` (bytes or a dictionary with
     ``prompt`` and perhaps ``split``: ``train``, ``validation`` or ``test``). Rows are ``key``, ``shard``, ``prompt``,
-    ``split`` (empty when not said), ``video`` (uint8 ``[frames, height, width, 3]``, zeros when unusable) and ``reason``: empty
-    for a good clip, else ``<category>: <phrase>[, <detail>]`` with the category ``caption``, ``decode`` or ``filter``.
+    ``split`` (empty when not said), ``video`` (uint8 ``[frames, height, width, 3]``, zeros when unusable) and
+    ``reason``: empty for a good clip, else ``<category>: <phrase>[, <detail>]`` with the category ``caption``,
+    ``decode`` or ``filter``.
     With ``rules.clips_per_video`` over one, keys of clips end in ``-000``, ``-001``, … Bad data raises nothing.
     """
     row: Row = {"key": _name(sample.get("__key__")), "shard": _name(sample.get("__url__")), "prompt": "", "split": ""}

@@ -2,107 +2,155 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pose_core.data.moving_digits import (
+    CLEAR_PIXELS,
+    COLOURS,
     DIGIT_NAMES,
     DIGIT_PIXELS,
     DIRECTIONS,
-    SPEED_PIXELS,
+    FRAMES,
+    HEIGHT,
+    PACES,
+    SPLITS,
+    WIDTH,
     DigitClip,
+    Mover,
     draw_clip,
+    every_prompt,
     positions,
     render,
 )
 
-FRAMES = 9
 
-
-def drawn(count: int, *, heldout: bool = False, seed: int = 0) -> list[DigitClip]:
+def drawn(count: int, *, level: str = "two", split: str = "train", seed: int = 0) -> list[DigitClip]:
     rng = np.random.default_rng(seed)
-    return [draw_clip(rng, heldout=heldout) for _ in range(count)]
+    return [draw_clip(rng, level=level, split=split) for _ in range(count)]
 
 
-def centre_of_mass(frames: np.ndarray) -> np.ndarray:
-    """Centre of the ink in each frame of uint8 ``[T, H, W, 3]``: ``[T, 2]`` as (x, y) in pixels."""
-    ink = frames[..., 0].astype(np.float64)
+def mover(**changes: object) -> Mover:
+    return dataclasses.replace(Mover(1, 1, "right", "fast", x=0.0, y=0.0, speed=2.0), **changes)
+
+
+def centre_of_mass(ink: np.ndarray) -> np.ndarray:
+    """Centre of ``ink [T, H, W]`` in each frame: ``[T, 2]`` as (x, y) in pixels."""
     y, x = np.mgrid[: ink.shape[1], : ink.shape[2]]
     mass = ink.sum(axis=(1, 2))
     return np.stack([(ink * x).sum(axis=(1, 2)) / mass, (ink * y).sum(axis=(1, 2)) / mass], axis=1)
 
 
-def test_training_and_heldout_handwriting_are_disjoint() -> None:
-    train = {clip.sample for clip in drawn(2000)}
-    heldout = {clip.sample for clip in drawn(1500, heldout=True, seed=1)}
-    assert len(train) > 900 and len(heldout) > 250
-    assert not train & heldout
+def test_no_two_splits_share_handwriting() -> None:
+    used = [
+        {mover.sample for clip in drawn(1500, split=split, seed=seed) for mover in clip.movers}
+        for seed, split in enumerate(SPLITS)
+    ]
+    assert [len(each) > least for each, least in zip(used, (900, 150, 150), strict=True)] == [True] * 3
+    assert not used[0] & used[1] and not used[0] & used[2] and not used[1] & used[2]
 
 
-def test_heldout_clips_show_every_digit_and_direction() -> None:
-    clips = drawn(600, heldout=True)
-    assert {clip.digit for clip in clips} == set(range(10))
-    assert {clip.direction for clip in clips} == set(DIRECTIONS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_each_split_shows_every_digit_and_motion_in_front_and_behind(split: str) -> None:
+    clips = drawn(800, split=split)
+    for movers in ([clip.front for clip in clips], [clip.behind for clip in clips]):
+        assert {each.digit for each in movers} == set(range(10))
+        assert {(each.direction, each.pace) for each in movers} == {(d, p) for d in DIRECTIONS for p in PACES}
 
 
-def test_handwriting_is_of_the_digit_in_the_prompt() -> None:
+def test_handwriting_is_of_the_digits_in_the_prompt() -> None:
     from sklearn.datasets import load_digits
 
     target = load_digits().target
     for clip in drawn(200):
-        assert target[clip.sample] == clip.digit
-        assert clip.prompt.split()[1] == DIGIT_NAMES[clip.digit]
+        assert [target[each.sample] for each in clip.movers] == [each.digit for each in clip.movers]
+        words = clip.prompt.split()
+        assert (words[2], words[11]) == tuple(DIGIT_NAMES[each.digit] for each in clip.movers)
 
 
-def test_prompts_are_english() -> None:
-    assert DigitClip(8, 0, "up", 0.5, 0.5, 2.0).prompt == "an eight moving up"
-    assert DigitClip(7, 0, "up and left", 0.5, 0.5, 2.0).prompt == "a seven moving up and left"
+def test_prompts_are_english_and_name_the_digit_in_front_first() -> None:
+    clip = DigitClip(mover(digit=7, direction="left"), mover(digit=2, pace="slowly"))
+    assert clip.prompt == "a red seven moving left fast in front of a green two moving right slowly"
+    assert DigitClip(mover(digit=8)).prompt == "a red eight moving right fast"
+
+
+def test_every_word_of_any_prompt_is_in_the_prompts_that_make_the_vocabulary() -> None:
+    words = {word for prompt in every_prompt() for word in prompt.split()}
+    assert {word for clip in drawn(500) for word in clip.prompt.split()} <= words
 
 
 def test_ink_moves_as_the_prompt_says_until_the_first_bounce() -> None:
-    for clip in drawn(200):
-        name = clip.prompt.split(" moving ")[1]
-        moved = np.diff(centre_of_mass(render(clip, FRAMES)), axis=0)
-        steps = np.diff(positions(clip, FRAMES, 32, 32), axis=0)
-        expected = np.array(DIRECTIONS[name]) * clip.speed
+    for clip in drawn(200, level="one"):
+        moved = np.diff(centre_of_mass(render(clip)[..., 0].astype(float)), axis=0)
+        steps = np.diff(positions(clip.front, FRAMES, HEIGHT, WIDTH), axis=0)
+        expected = np.array([DIRECTIONS[clip.front.direction] * clip.front.speed, 0])
+        assert clip.front.pace in clip.prompt and clip.front.direction in clip.prompt
         bounced = np.flatnonzero(np.abs(steps - expected).max(axis=1) > 1e-9)
         before = slice(0, bounced[0] if len(bounced) else FRAMES - 1)
         assert np.abs(moved[before] - expected).max() < 0.1, clip
 
 
 def test_the_named_direction_shows_before_any_bounce() -> None:
-    for clip in drawn(500):
-        first_steps = np.diff(positions(clip, 3, 32, 32), axis=0)
-        assert first_steps == pytest.approx(np.tile(np.array(DIRECTIONS[clip.direction]) * clip.speed, (2, 1)))
+    for each in (each for clip in drawn(500) for each in clip.movers):
+        first_steps = np.diff(positions(each, 4, HEIGHT, WIDTH), axis=0)[:, 0]
+        assert first_steps == pytest.approx([DIRECTIONS[each.direction] * each.speed] * 3)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48), (17, 17)])
-def test_digits_stay_inside_the_canvas(height: int, width: int) -> None:
+def test_both_digits_are_seen_whole_in_the_first_frame() -> None:
     for clip in drawn(300):
-        corners = positions(clip, 60, height, width)
+        (left, _), (right, _) = (positions(each, 1, HEIGHT, WIDTH)[0] for each in clip.movers)
+        assert abs(left - right) >= CLEAR_PIXELS
+
+
+def test_many_digits_pass_each_other() -> None:
+    """In at least a third of the clips the digit that starts on the left ends on the right of the other."""
+    ways = [[positions(each, FRAMES, HEIGHT, WIDTH)[:, 0] for each in clip.movers] for clip in drawn(300)]
+    crossed = [np.sign(a[0] - b[0]) != np.sign(a - b).min() or np.ptp(np.sign(a - b)) > 0 for a, b in ways]
+    assert np.mean(crossed) > 1 / 3
+
+
+def ink(digit: Mover) -> np.ndarray:
+    """How much of each pixel a digit covers, ``[frames, height, width, 1]`` in [0, 1]."""
+    return render(DigitClip(digit))[..., :1] / 255
+
+
+def test_the_red_digit_covers_the_green_one_by_its_ink() -> None:
+    front, behind = mover(digit=0, sample=0), mover(digit=1, sample=1)
+    red, green = (np.array(colour) for colour in COLOURS.values())
+    expected = ink(front) * red + (1 - ink(front)) * ink(behind) * green
+    assert (np.minimum(ink(front), ink(behind)) > 0.3).any()
+    assert render(DigitClip(front, behind)) == pytest.approx(255 * expected, abs=2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (24, 48), (12, 40)])
+def test_digits_stay_inside_the_canvas(height: int, width: int) -> None:
+    for each in (each for clip in drawn(300) for each in clip.movers):
+        corners = positions(each, 60, height, width)
         assert corners.min() >= 0
         assert (corners <= np.array([width, height]) - DIGIT_PIXELS).all()
 
 
 def test_no_ink_is_lost_on_the_way() -> None:
-    for clip in drawn(50):
-        ink = render(clip, 20)[..., 0].sum(axis=(1, 2), dtype=np.int64)
-        assert ink == pytest.approx(ink[0], rel=0.01)
+    for clip in drawn(50, level="one"):
+        total = ink(clip.front).sum(axis=(1, 2, 3))
+        assert total == pytest.approx(total[0], rel=0.01)
 
 
 def test_a_digit_that_meets_the_wall_comes_back() -> None:
-    clip = DigitClip(digit=1, sample=1, direction="right", x=0.75, y=0.0, speed=2.0)
-    assert positions(clip, 6, 32, 32)[:, 0].tolist() == [12, 14, 16, 14, 12, 10]
+    assert positions(mover(x=0.8), 6, HEIGHT, WIDTH)[:, 0].tolist() == [16, 18, 20, 18, 16, 14]
 
 
-def test_speeds_are_within_their_range() -> None:
-    speeds = [clip.speed for clip in drawn(500)]
-    assert SPEED_PIXELS[0] <= min(speeds) < max(speeds) <= SPEED_PIXELS[1]
+def test_speeds_are_those_of_their_pace() -> None:
+    for each in (each for clip in drawn(300) for each in clip.movers):
+        slowest, fastest = PACES[each.pace]
+        assert slowest <= each.speed <= fastest
 
 
 def test_drawing_and_rendering_are_deterministic() -> None:
     assert drawn(20) == drawn(20) != drawn(20, seed=1)
     clip = drawn(1)[0]
-    frames = render(clip, FRAMES, 24, 40)
-    assert frames.shape == (FRAMES, 24, 40, 3) and frames.dtype == np.uint8
-    assert np.array_equal(frames, render(clip, FRAMES, 24, 40))
+    frames = render(clip, 9, 24, 40)
+    assert frames.shape == (9, 24, 40, 3) and frames.dtype == np.uint8
+    assert np.array_equal(frames, render(clip, 9, 24, 40))
