@@ -53,11 +53,12 @@ class ClipRules:
         return (self.clips_per_video * self.frames - 1) / self.frames_per_second
 
 
-def encode_mp4(frames: np.ndarray, frames_per_second: float, *, quality: int = 12) -> bytes:
+def encode_mp4(frames: np.ndarray, frames_per_second: float, *, quality: int = 12, every_colour: bool = False) -> bytes:
     """Encode ``frames`` (uint8 ``[T, H, W, 3]``, RGB) as an H.264 mp4 that browsers play while it loads.
 
-    ``quality`` is x264's constant rate factor, 0 (lossless) to 51. Odd sizes grow by one repeated row or column.
-    The same frames always give the same bytes.
+    ``quality`` is x264's constant rate factor, 0 (lossless) to 51. ``every_colour`` keeps a colour for each pixel, not
+    for each four, which some browsers cannot play. Odd sizes grow by one repeated row or column. The same frames always
+    give the same bytes.
 
     Raises:
         DataError: the frames have another shape or type, or there are none.
@@ -73,14 +74,15 @@ def encode_mp4(frames: np.ndarray, frames_per_second: float, *, quality: int = 1
         # Without lookahead: planning ahead, x264 now and then gives tiny frames other bytes from call to call.
         options = {"crf": str(quality), "tune": "zerolatency"}
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        layout = "yuv444p" if every_colour else "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], layout
         context = stream.codec_context
         context.thread_count = 1  # more threads give other bytes
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1)))
+            container.mux(stream.encode(rgb.reformat(format=layout, dst_colorspace=Colorspace.ITU709, threads=1)))
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -19,7 +19,7 @@ import numpy as np
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {"left": -1, "right": 1}
 """Name of each starting direction and its step along x."""
-PACES = {"slowly": (0.5, 0.9), "fast": (1.3, 2.0)}
+PACES = {"slowly": (0.4, 1.0), "fast": (1.2, 2.4)}
 """Name of each pace, its slowest and its fastest speed in pixels a frame."""
 COLOURS = {"red": (1.0, 0.15, 0.15), "green": (0.15, 1.0, 0.15)}
 """Colour of the digit in front and of the one behind, as shares of full red, green and blue."""

@@ -89,7 +89,9 @@ def digits_tar(seed: int, index: int, clips: int, split: str, level: str, rules:
             clip = draw_clip(rng, level=level, split=split, width=rules.width)
             frames = render(clip, rules.frames, rules.height, rules.width)
             caption = {"prompt": clip.prompt, "split": split, **asdict(clip)}
-            members = {"mp4": encode_mp4(frames, rules.frames_per_second), "json": json.dumps(caption).encode()}
+            # Thin coloured strokes would not survive one colour for four pixels.
+            video = encode_mp4(frames, rules.frames_per_second, quality=6, every_colour=True)
+            members = {"mp4": video, "json": json.dumps(caption).encode()}
             yield f"{split}-{index:05d}-{number:04d}", members
 
     buffer = io.BytesIO()

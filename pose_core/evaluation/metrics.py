@@ -30,7 +30,7 @@ FRAME_DISTANCE_SCALE = 10.0
 """Fréchet distances at which their scores are 1/e."""
 PSNR_CAP_DECIBELS = 60.0
 """An exact first frame counts as this, so that one clip cannot make the mean infinite."""
-HIDDEN_PIXELS = float(moving_digits.DIGIT_PIXELS)
+HIDDEN_PIXELS = 9.0
 """Digits whose centres are closer than this along x hide each other: the one behind is not measured there."""
 
 CENTRE_OFFSET_PIXELS = (3.5, 7.5)
@@ -176,9 +176,9 @@ def _seen_whole(seen: Verdict, wanted: Wanted) -> Tensor:
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over the last axis of ``values`` where ``where``; 1 where it is nowhere, as nothing was seen to be wrong."""
+    """Mean over the last axis of ``values`` where ``where``; 0 where it is nowhere."""
     count = where.sum(dim=-1)
-    return torch.where(count > 0, (values * where).sum(dim=-1) / count.clamp(min=1), 1.0)
+    return torch.where(count > 0, (values * where).sum(dim=-1) / count.clamp(min=1), 0.0)
 
 
 def frechet_distance(first: Tensor, second: Tensor, *, samples: int | None = None) -> float:

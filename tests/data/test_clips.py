@@ -210,7 +210,7 @@ HOSTILE = {
     "empty prompt": (sample(json=b'{"prompt": "  "}'), "caption: empty prompt"),
     "prompt is a number": (sample(json=b'{"prompt": 7}'), "caption: prompt is not text"),
     "half a character": (sample(json=b'{"prompt": "\\ud800"}'), "caption: prompt is not text"),
-    "unknown split": (sample(json=b'{"prompt": "a", "split": "test"}'), "caption: split"),
+    "unknown split": (sample(json=b'{"prompt": "a", "split": "spare"}'), "caption: split"),
     "split is a list": (sample(json=b'{"prompt": "a", "split": ["train"]}'), "caption: split"),
     "no mp4": (sample(mp4=...), "decode: no mp4 member"),
     "no bytes": (sample(b""), "decode: no bytes"),
@@ -227,14 +227,14 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_bad_sample_gives_one_row_with_its_reason_and_spares_its_neighbours(name: str) -> None:
     bad, reason = HOSTILE[name]
-    neighbours = [sample(), bad, sample(json={"prompt": " a disc ", "split": "heldout"})]
+    neighbours = [sample(), bad, sample(json={"prompt": " a disc ", "split": "test"})]
     first, row, last = [row for one in neighbours for row in clips_of(one, RULES)]
     assert row["reason"].startswith(reason)
     assert (row["key"], row["shard"]) == ("clip", "s3://bucket/raw/0.tar")
     assert row["video"].shape == (5, 32, 32, 3) and row["video"].dtype == np.uint8 and not row["video"].any()
     assert [first["reason"], last["reason"]] == ["", ""]
     assert (first["prompt"], first["split"]) == ("a disc", "")
-    assert (last["prompt"], last["split"]) == ("a disc", "heldout")
+    assert (last["prompt"], last["split"]) == ("a disc", "test")
     assert extent(last["video"][0]) == pytest.approx((20, 20), abs=1.0)
 
 

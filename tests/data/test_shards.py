@@ -15,10 +15,10 @@ import pytest
 
 from pose_core.data import shards
 from pose_core.data.clips import ClipRules, decode
-from pose_core.data.moving_digits import DIRECTIONS, DigitClip, render
+from pose_core.data.moving_digits import LEVELS, SPLITS, DigitClip, Mover, render
 from pose_core.errors import DataError
 
-RULES = ClipRules(frames=5, height=32, width=32, frames_per_second=8.0)
+RULES = ClipRules(5, 16, 32, 8.0)
 
 
 def members(tar: bytes) -> dict[str, bytes]:
@@ -60,43 +60,46 @@ def test_tar_refuses_keys_that_readers_would_mix_up(keys: list[str]) -> None:
         shards.write_tar(io.BytesIO(), [(key, {"mp4": b"x"}) for key in keys])
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_digits_tar_gives_the_same_bytes_twice(heldout: bool) -> None:
-    assert shards.digits_tar(3, 1, 24, heldout, RULES) == shards.digits_tar(3, 1, 24, heldout, RULES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_digits_tar_gives_the_same_bytes_twice(split: str, level: str) -> None:
+    assert shards.digits_tar(3, 1, 12, split, level, RULES) == shards.digits_tar(3, 1, 12, split, level, RULES)
 
 
 def test_digits_tars_differ_by_seed_index_and_split() -> None:
-    calls = [(0, 0, False), (1, 0, False), (0, 1, False), (0, 0, True)]
-    tars = [shards.digits_tar(seed, index, 2, heldout, RULES) for seed, index, heldout in calls]
+    calls = [(0, 0, "train"), (1, 0, "train"), (0, 1, "train"), (0, 0, "validation"), (0, 0, "test")]
+    tars = [shards.digits_tar(seed, index, 2, split, "two", RULES) for seed, index, split in calls]
     captions = [tuple(content for name, content in members(tar).items() if name.endswith("json")) for tar in tars]
-    assert len(set(captions)) == 4
+    assert len(set(captions)) == 5
 
 
-def test_digits_tar_shows_what_its_captions_say() -> None:
-    files = members(shards.digits_tar(0, 2, 6, True, RULES))
+@pytest.mark.parametrize("level", LEVELS)
+def test_digits_tar_shows_what_its_captions_say(level: str) -> None:
+    files = members(shards.digits_tar(0, 2, 6, "test", level, RULES))
     keys = sorted({name.split(".")[0] for name in files})
-    assert keys == [f"heldout-00002-{number:04d}" for number in range(6)]
+    assert keys == [f"test-00002-{number:04d}" for number in range(6)]
     for key in keys:
         caption = json.loads(files[f"{key}.json"])
         prompt, split = caption.pop("prompt"), caption.pop("split")
-        clip = DigitClip(**caption)
-        assert (prompt, split) == (clip.prompt, "heldout") and clip.direction in DIRECTIONS
+        clip = DigitClip(*(Mover(**mover) for mover in caption.values() if mover is not None))
+        assert (prompt, split) == (clip.prompt, "test") and len(clip.movers) == 1 + LEVELS.index(level)
         frames, times = decode(files[f"{key}.mp4"])
         assert times == pytest.approx(np.arange(5) / 8)
-        assert np.abs(frames.astype(int) - render(clip, 5, 32, 32)).mean() < 1
+        assert np.abs(frames.astype(int) - render(clip, 5, 16, 32)).mean() < 1
 
 
-def test_training_and_heldout_tars_share_no_handwriting() -> None:
-    def handwriting(heldout: bool) -> set[int]:
-        files = members(shards.digits_tar(0, 0, 100, heldout, ClipRules(1, 32, 32, 8.0)))
-        return {json.loads(content)["sample"] for name, content in files.items() if name.endswith("json")}
+def test_tars_of_different_splits_share_no_handwriting() -> None:
+    def handwriting(split: str) -> set[int]:
+        files = members(shards.digits_tar(0, 0, 100, split, "one", ClipRules(1, 16, 32, 8.0)))
+        return {json.loads(content)["front"]["sample"] for name, content in files.items() if name.endswith("json")}
 
-    assert not handwriting(False) & handwriting(True)
+    used = [handwriting(split) for split in SPLITS]
+    assert len(set.union(*used)) == sum(map(len, used))
 
 
 def test_canvas_without_room_is_refused_by_the_name_of_its_setting() -> None:
-    with pytest.raises(DataError, match=r"data\.width = 32 x 16 .* at least 17") as caught:
-        shards.digits_tar(0, 0, 1, False, ClipRules(5, 32, 16, 8.0))
+    with pytest.raises(DataError, match=r"data\.width = 32 x 16 .* at least 12 x 27") as caught:
+        shards.digits_tar(0, 0, 1, "train", "two", ClipRules(5, 32, 16, 8.0))
     assert caught.value.exit_code == 2
 
 
