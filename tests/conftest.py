@@ -30,14 +30,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from pose_core.models import small
 
-    pipeline = small.build_pipeline(PROMPTS, seed=0)
+    channels, text_width = 8, 32
+    pipeline = small.build_pipeline(PROMPTS, seed=0, channels=channels, text_width=text_width)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        pipeline.transformer = small.build_transformer(heads=1, layers=2)
+        pipeline.transformer = small.build_transformer(heads=1, layers=2, channels=channels, text_width=text_width)
     pipeline.scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    channels = small.LATENT_CHANNELS
     pipeline.vae.register_to_config(
         latents_mean=[0.1 * channel - 0.3 for channel in range(channels)],
         latents_std=[0.5 + 0.1 * channel for channel in range(channels)],

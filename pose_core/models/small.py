@@ -34,22 +34,22 @@ SPATIAL_FACTOR = 4
 TEMPORAL_FACTOR = 2
 
 
-def build_vae() -> AutoencoderKLWan:
+def build_vae(channels: int = LATENT_CHANNELS) -> AutoencoderKLWan:
     """A causal video VAE that compresses 4 x 4 pixels and 2 frames to 12 channels (1.0M parameters).
 
     It folds 2 x 2 pixels into channels first, as Wan 2.2's does, which makes it three times faster on a CPU.
     """
     return AutoencoderKLWan(
         base_dim=16,
-        z_dim=LATENT_CHANNELS,
+        z_dim=channels,
         dim_mult=[1, 3],
         num_res_blocks=1,
         temperal_downsample=[True],
         in_channels=12,
         out_channels=12,
         patch_size=2,
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
         scale_factor_spatial=SPATIAL_FACTOR,
         scale_factor_temporal=TEMPORAL_FACTOR,
     )
@@ -69,16 +69,22 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return unpatchify(torch.cat(chunks, dim=2), patch_size=vae.config.patch_size)
 
 
-def build_transformer(task: str = "i2v", heads: int = 4, layers: int = 6) -> WanTransformer3DModel:
+def build_transformer(
+    task: str = "i2v",
+    heads: int = 4,
+    layers: int = 6,
+    channels: int = LATENT_CHANNELS,
+    text_width: int = TEXT_WIDTH,
+) -> WanTransformer3DModel:
     """A transformer for ``i2v``, with the CLIP branch of Wan 2.1, or for ``t2v`` (1.8M parameters by default)."""
     image = {"image_dim": IMAGE_WIDTH, "added_kv_proj_dim": heads * 32} if task == "i2v" else {}
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=32,
-        in_channels=LATENT_CHANNELS + (LATENT_CHANNELS + TEMPORAL_FACTOR if task == "i2v" else 0),
-        out_channels=LATENT_CHANNELS,
-        text_dim=TEXT_WIDTH,
+        in_channels=channels + (channels + TEMPORAL_FACTOR if task == "i2v" else 0),
+        out_channels=channels,
+        text_dim=text_width,
         freq_dim=64,
         ffn_dim=heads * 96,
         num_layers=layers,
@@ -99,10 +105,10 @@ def build_tokenizer(prompts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
+def build_text_encoder(vocabulary_size: int, width: int = TEXT_WIDTH) -> UMT5EncoderModel:
     """A two-layer UMT5 encoder. It learns with the transformer, which cannot tell by itself whose word a word is."""
     config = UMT5Config(
-        vocab_size=vocabulary_size, d_model=TEXT_WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
+        vocab_size=vocabulary_size, d_model=width, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
     )
     return UMT5EncoderModel(config).eval()
 
@@ -122,17 +128,24 @@ def build_image_encoder(image_size: int = 32) -> tuple[CLIPVisionModel, CLIPImag
     return CLIPVisionModel(config).eval(), processor
 
 
-def build_pipeline(prompts: Iterable[str], seed: int, task: str = "i2v") -> WanImageToVideoPipeline | WanPipeline:
+def build_pipeline(
+    prompts: Iterable[str],
+    seed: int,
+    task: str = "i2v",
+    *,
+    channels: int = LATENT_CHANNELS,
+    text_width: int = TEXT_WIDTH,
+) -> WanImageToVideoPipeline | WanPipeline:
     """Every part of a small pipeline for ``i2v`` or ``t2v``, initialised from ``seed``; nothing is trained yet."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = build_tokenizer(prompts)
         parts = {
             "tokenizer": tokenizer,
-            "text_encoder": build_text_encoder(len(tokenizer)),
-            "vae": build_vae(),
+            "text_encoder": build_text_encoder(len(tokenizer), text_width),
+            "vae": build_vae(channels),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0),
-            "transformer": build_transformer(task),
+            "transformer": build_transformer(task, channels=channels, text_width=text_width),
         }
         if task == "t2v":
             return WanPipeline(**parts)

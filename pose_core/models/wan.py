@@ -55,16 +55,19 @@ class Wan:
         )[0].type_as(x_t)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
-        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
+        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for; later ones do not run."""
         outputs: dict[int, Tensor] = {}
 
         def keep(index: int):
             return lambda _module, _inputs, output: outputs.__setitem__(index, output)
 
-        hooks = [self.blocks[index].register_forward_hook(keep(index)) for index in blocks]
+        every = self.blocks
+        hooks = [every[index].register_forward_hook(keep(index)) for index in blocks]
+        self.module.blocks = every[: max(blocks) + 1]
         try:
             self.velocity(x_t, t, condition)
         finally:
+            self.module.blocks = every
             for hook in hooks:
                 hook.remove()
         return [outputs[index] for index in blocks]

@@ -12,7 +12,7 @@ import torch
 from pose_core.data import moving_digits
 from pose_core.errors import CheckpointError
 from pose_core.evaluation import judge as judge_module
-from pose_core.evaluation.judge import DEGRADATIONS, DISORDERS, Judge, accuracy, brightness_centres, soften, train
+from pose_core.evaluation.judge import DEGRADATIONS, DISORDERS, Judge, accuracy, ink_centres, soften, train
 
 SHIPPED = Path(__file__).resolve().parents[2] / "pipelines/configs/teachers/digits_judge"
 
@@ -24,29 +24,29 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def clips() -> torch.Tensor:
-    """64 held-out clips, ``[64, 9, 3, 32, 32]`` in [0, 1]."""
+    """64 held-out clips, ``[64, 17, 3, 16, 32]`` in [0, 1]."""
     rng = np.random.default_rng(11)
-    videos = [moving_digits.render(moving_digits.draw_clip(rng, heldout=True)) for _ in range(64)]
+    videos = [moving_digits.render(moving_digits.draw_clip(rng, split="test")) for _ in range(64)]
     return torch.from_numpy(np.stack(videos)).movedim(-1, 2) / 255
 
 
-def test_names_digits_and_directions_of_handwriting_it_has_not_seen(judge: Judge):
+def test_names_digits_and_motions_of_handwriting_it_has_not_seen(judge: Judge):
     shares = accuracy(judge, seed=5, clips=250)
     assert shares["digit"] >= 0.97
-    assert shares["direction"] >= 0.97
+    assert shares["motion"] >= 0.97
 
 
 def test_names_digits_that_are_blurred_and_noisy(judge: Judge, clips: torch.Tensor):
-    clear = judge(clips).digit_logits.mean(dim=1).argmax(dim=-1)
+    clear = judge(clips).digit_logits.mean(dim=2).argmax(dim=-1)
     noise = 0.06 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
-    spoilt = judge((soften(clips, torch.tensor(1.0)) + noise).clamp(0, 1)).digit_logits.mean(dim=1).argmax(dim=-1)
+    spoilt = judge((soften(clips, torch.tensor(1.0)) + noise).clamp(0, 1)).digit_logits.mean(dim=2).argmax(dim=-1)
     assert (spoilt == clear).float().mean() >= 0.9
 
 
 def test_blur_and_noise_are_estimated_as_such(judge: Judge, clips: torch.Tensor):
     noise = 0.1 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
     estimates = {
-        name: judge(spoilt).degradations.mean(dim=(0, 1))
+        name: judge(spoilt).degradations.mean(dim=(0, 1, 2))
         for name, spoilt in {
             "none": clips,
             "blur": soften(clips, torch.tensor(4.0)),
@@ -60,7 +60,7 @@ def test_blur_and_noise_are_estimated_as_such(judge: Judge, clips: torch.Tensor)
 
 
 def test_spoilt_time_axes_are_told_apart(judge: Judge, clips: torch.Tensor):
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
     spoilt = {"none": clips, "shuffled": clips[:, order], "frozen": clips[:, :1].expand_as(clips)}
     for name, clip in spoilt.items():
         named = judge(clip).disorder_logits.argmax(dim=-1) == DISORDERS.index(name)
@@ -74,18 +74,21 @@ def test_watch_gives_the_same_verdict_in_any_batch_size(judge: Judge, clips: tor
     torch.testing.assert_close(whole.clip_features, parts.clip_features)
 
 
-def test_centres_are_where_the_light_is():
-    clip = torch.zeros(1, 2, 3, 32, 32)
-    clip[0, 0, :, 4:8, 20:24] = 1.0
-    centres = brightness_centres(clip)
-    torch.testing.assert_close(centres[0, 0], torch.tensor([21.5, 5.5]), atol=1e-2, rtol=0)
-    torch.testing.assert_close(centres[0, 1], torch.tensor([15.5, 15.5]), atol=1e-2, rtol=0)
+def test_centres_are_where_each_colour_is():
+    clip = torch.zeros(1, 2, 3, 16, 32)
+    clip[0, 0, 0, 4:8, 20:24] = 1.0
+    clip[0, 0, 1, 10:12, 4:8] = 1.0
+    centres, inks = ink_centres(clip)
+    torch.testing.assert_close(centres[0, :, 0], torch.tensor([[21.5, 5.5], [5.5, 10.5]]), atol=1e-2, rtol=0)
+    torch.testing.assert_close(centres[0, :, 1], torch.tensor([[15.5, 7.5], [15.5, 7.5]]), atol=1e-2, rtol=0)
+    torch.testing.assert_close(inks[0, :, 0], 0.85 * torch.tensor([16.0, 8.0]), atol=1e-2, rtol=0)
 
 
-def test_faint_background_does_not_move_the_centre():
-    clip = torch.full((1, 1, 3, 32, 32), 0.1)
-    clip[0, 0, :, 4:8, 20:24] = 1.0
-    torch.testing.assert_close(brightness_centres(clip)[0, 0], torch.tensor([21.5, 5.5]), atol=1e-2, rtol=0)
+def test_grey_and_faint_colour_do_not_move_the_centre():
+    clip = torch.full((1, 1, 3, 16, 32), 0.5)
+    clip[0, 0, 0] += 0.05
+    clip[0, 0, 0, 4:8, 20:24] = 1.0
+    torch.testing.assert_close(ink_centres(clip)[0][0, 0, 0], torch.tensor([21.5, 5.5]), atol=1e-2, rtol=0)
 
 
 def test_soften_spreads_a_point_by_half_a_pixel_variance_a_pass_and_keeps_its_light():
@@ -105,31 +108,37 @@ def test_degraded_clips_stay_in_range_and_untouched_ones_stay_as_they_were(clips
 
 
 def test_swapped_clips_carry_the_digit_of_each_frame(clips: torch.Tensor):
-    digits = torch.arange(64)[:, None].expand(-1, 9)
+    digits = torch.arange(64)[:, None, None].expand(-1, 2, 17)
     spoilt, labels, kinds = judge_module.disorder(clips, digits, torch.Generator().manual_seed(2))
     swapped = (kinds == DISORDERS.index("swapped")).nonzero().flatten()
     assert len(swapped) > 0
     for row in swapped.tolist():
-        torch.testing.assert_close(spoilt[row], clips[labels[row], torch.arange(9)])
-        assert labels[row, 0] == row and labels[row, -1] == (row - 1) % 64
+        torch.testing.assert_close(spoilt[row], clips[labels[row, 0], torch.arange(17)])
+        assert torch.equal(labels[row, 0], labels[row, 1])
+        assert labels[row, 0, 0] == row and labels[row, 0, -1] == (row - 1) % 64
 
 
 def test_training_repeats_from_its_seed_and_sees_training_handwriting_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(judge_module, "WHITENING_CLIPS", 12)
-    drawn: list[tuple[int, int]] = []
+    drawn: list[set[tuple[int, int]]] = []
     render = moving_digits.render
 
     def spy(clip: moving_digits.DigitClip, *arguments: int) -> np.ndarray:
-        drawn.append((clip.digit, clip.sample))
+        drawn.append({(mover.digit, mover.sample) for mover in clip.movers})
         return render(clip, *arguments)
 
     monkeypatch.setattr(moving_digits, "render", spy)
     first, again, other = (train(steps=2, seed=seed, batch_clips=8).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["digit_head.weight"], other["digit_head.weight"])
-    heldout = {(digit, int(sample)) for digit in range(10) for sample in moving_digits._samples(digit, True)}
+    heldout = {
+        (digit, int(sample))
+        for digit in range(10)
+        for split in ("validation", "test")
+        for sample in moving_digits.samples_of(digit, split)
+    }
     assert len(drawn) == 3 * (2 * 8 + 12)
-    assert heldout.isdisjoint(drawn)
+    assert heldout.isdisjoint(set.union(*drawn))
 
 
 def test_a_saved_judge_loads_with_the_same_verdict(tmp_path: Path, clips: torch.Tensor):

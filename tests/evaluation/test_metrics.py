@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pose_core.data import moving_digits
-from pose_core.data.moving_digits import DigitClip
+from pose_core.data.moving_digits import DigitClip, Mover
 from pose_core.errors import DataError
-from pose_core.evaluation.judge import DIRECTION_NAMES, Judge, brightness_centres, soften
-from pose_core.evaluation.metrics import frechet_distance, parse_prompt, psnr, score, track_residuals
+from pose_core.evaluation.judge import MOTIONS, Judge, ink_centres, soften
+from pose_core.evaluation.metrics import frechet_distance, parse_prompts, psnr, score, track_residuals
 
 SHIPPED = Path(__file__).resolve().parents[2] / "pipelines/configs/teachers/digits_judge"
 CLIPS = 96
 
 
-def draw(seed: int, count: int = CLIPS) -> list[DigitClip]:
+FRAMES, HEIGHT, WIDTH = moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH
+
+
+def draw(seed: int, count: int = CLIPS, level: str = "two") -> list[DigitClip]:
     rng = np.random.default_rng(seed)
-    return [moving_digits.draw_clip(rng, heldout=True) for _ in range(count)]
+    return [moving_digits.draw_clip(rng, split="test", level=level) for _ in range(count)]
+
+
+def changed(clips: list[DigitClip], change: Callable[[Mover], dict[str, Any]]) -> list[DigitClip]:
+    """The clips with some fields of both digits changed."""
+    return [DigitClip(*(dataclasses.replace(mover, **change(mover)) for mover in clip.movers)) for clip in clips]
 
 
 def render(clips: list[DigitClip]) -> np.ndarray:
@@ -47,6 +57,12 @@ class Scorer:
     def __call__(self, videos: np.ndarray, prompts: list[str] | None = None) -> dict[str, float]:
         return score(self.judge, videos, prompts or self.prompts, self.videos[:, 0], self.reference)
 
+    def smeared(self) -> np.ndarray:
+        """What a single step that knows all but the speeds can do best: the mean over them."""
+        rng = np.random.default_rng(0)
+        faster = (changed(self.clips, lambda m: {"speed": rng.uniform(*moving_digits.PACES[m.pace])}) for _ in range(6))
+        return np.mean([render(clips) for clips in faster], axis=0).astype(np.uint8)
+
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
@@ -55,10 +71,10 @@ def scorer() -> Scorer:
 
 def test_real_clips_score_high_in_everything(scorer: Scorer):
     assert scorer.real["SA"] >= 97
-    assert scorer.real["TC"] >= 94
-    assert scorer.real["FQ"] >= 88
+    assert scorer.real["TC"] >= 90
+    assert scorer.real["FQ"] >= 90
     assert scorer.real["mean"] == pytest.approx((scorer.real["SA"] + scorer.real["TC"] + scorer.real["FQ"]) / 3)
-    assert scorer.real["motion"] == pytest.approx(1.0, abs=0.1)
+    assert scorer.real["motion"] == pytest.approx(1.0, abs=0.2)
     assert scorer.real["first_frame_psnr"] == 60.0
 
 
@@ -80,7 +96,7 @@ def test_noise_and_a_tint_lower_the_frame_quality(scorer: Scorer):
     noisy = np.clip(scorer.videos + rng.normal(0, 20, scorer.videos.shape), 0, 255).astype(np.uint8)
     tinted = (scorer.videos * np.array([1.0, 1.0, 0.6])).astype(np.uint8)
     assert scorer(noisy)["FQ"] < scorer.real["FQ"] - 20
-    assert scorer(tinted)["FQ"] < scorer.real["FQ"] - 5
+    assert scorer(tinted)["FQ"] < scorer.real["FQ"] - 3
 
 
 def test_shuffled_frames_lower_coherence_but_not_frame_quality(scorer: Scorer):
@@ -91,19 +107,27 @@ def test_shuffled_frames_lower_coherence_but_not_frame_quality(scorer: Scorer):
 
 
 def test_one_swapped_pair_of_frames_is_noticed(scorer: Scorer):
-    assert scorer(scorer.videos[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]])["TC"] < scorer.real["TC"] - 5
+    order = list(range(FRAMES))
+    order[8], order[7] = 7, 8
+    assert scorer(scorer.videos[:, order])["TC"] < scorer.real["TC"] - 5
+
+
+def test_the_mean_over_all_speeds_is_much_worse_than_any_speed(scorer: Scorer):
+    smeared = scorer(scorer.smeared())
+    assert smeared["mean"] < 0.7 * scorer.real["mean"]
+    assert max(smeared["TC"], smeared["FQ"]) < 0.6 * min(scorer.real["TC"], scorer.real["FQ"])
 
 
 def test_frozen_clips_lose_motion_and_coherence(scorer: Scorer):
-    frozen = scorer(np.repeat(scorer.videos[:, :1], 9, axis=1))
+    frozen = scorer(np.repeat(scorer.videos[:, :1], FRAMES, axis=1))
     assert frozen["motion"] == pytest.approx(0.0, abs=1e-3)
     assert frozen["TC"] < 0.6 * scorer.real["TC"]
     assert frozen["first_frame_psnr"] == 60.0
 
 
 def test_clips_at_half_speed_have_half_the_motion(scorer: Scorer):
-    slow = scorer(render([dataclasses.replace(clip, speed=clip.speed / 2) for clip in scorer.clips]))
-    assert slow["motion"] == pytest.approx(0.5, abs=0.1)
+    slow = scorer(render(changed(scorer.clips, lambda mover: {"speed": mover.speed / 2})))
+    assert slow["motion"] == pytest.approx(scorer.real["motion"] / 2, abs=0.1)
     assert slow["TC"] < scorer.real["TC"] - 10
 
 
@@ -115,26 +139,25 @@ def test_wrong_prompts_lower_alignment_only(scorer: Scorer):
 
 
 def test_each_agreement_counts_a_third(scorer: Scorer):
-    opposite = {name: DIRECTION_NAMES[(index + 4) % 8] for index, name in enumerate(DIRECTION_NAMES)}
-    turned = [dataclasses.replace(clip, direction=opposite[clip.direction]).prompt for clip in scorer.clips]
-    renamed = [dataclasses.replace(clip, digit=(clip.digit + 1) % 10).prompt for clip in scorer.clips]
+    opposite = {"left": "right", "right": "left"}
+    turned = [clip.prompt for clip in changed(scorer.clips, lambda mover: {"direction": opposite[mover.direction]})]
+    renamed = [clip.prompt for clip in changed(scorer.clips, lambda mover: {"digit": (mover.digit + 1) % 10})]
     assert scorer(scorer.videos, turned)["SA"] == pytest.approx(scorer.real["SA"] - 100 / 3, abs=2)
     assert scorer(scorer.videos, renamed)["SA"] == pytest.approx(scorer.real["SA"] - 100 / 3, abs=2)
 
 
 def test_another_subject_than_in_the_first_frame_lowers_alignment_though_the_digit_is_right(scorer: Scorer):
-    other = [
-        dataclasses.replace(clip, sample=int(np.roll(moving_digits._samples(clip.digit, True), 7)[0]))
-        for clip in scorer.clips
-    ]
-    replaced = scorer(render(other))
+    def another(mover: Mover) -> dict[str, Any]:
+        return {"sample": int(np.roll(moving_digits.samples_of(mover.digit, "test"), 7)[0])}
+
+    replaced = scorer(render(changed(scorer.clips, another)))
     assert replaced["SA"] < scorer.real["SA"] - 10
     assert replaced["TC"] > scorer.real["TC"] - 5
     assert replaced["first_frame_psnr"] < 30
 
 
 def test_a_digit_that_turns_into_another_loses_alignment_and_coherence(scorer: Scorer):
-    share = np.linspace(0, 1, 9)[None, :, None, None, None]
+    share = np.linspace(0, 1, FRAMES)[None, :, None, None, None]
     morphed = (1 - share) * scorer.videos + share * np.roll(scorer.videos, 1, axis=0)
     figures = scorer(morphed.astype(np.uint8))
     assert figures["SA"] < 0.7 * scorer.real["SA"]
@@ -198,22 +221,28 @@ def test_shrinkage_keeps_equal_gaussians_equal():
 
 
 def test_tracks_that_the_domain_draws_leave_no_residual():
-    videos = render(draw(23))
-    centres = brightness_centres(torch.from_numpy(videos).movedim(-1, 2) / 255).numpy()
-    assert track_residuals(centres, 32, 32).max() < 0.35
+    videos = render(draw(23, level="one"))
+    centres = ink_centres(torch.from_numpy(videos).movedim(-1, 2) / 255)[0][:, 0].double().numpy()
+    assert track_residuals(centres, np.ones(centres.shape[:2], bool), HEIGHT, WIDTH).max() < 0.35
 
 
 def test_a_bouncing_track_fits_and_its_jitter_is_the_residual():
-    path = np.array([8.0, 10, 12, 14, 16, 18, 20, 22, 24, 22, 20, 18, 16])
-    straight = np.stack([path, np.full(13, 12.0)], axis=-1)[None]
+    path = np.array([12.0, 14, 16, 18, 20, 22, 24, 26, 24, 22, 20, 18, 16])
+    straight = np.stack([path, np.full(13, 8.0)], axis=-1)[None]
     jitter = np.zeros_like(straight)
     jitter[..., 1] = 2 * (-1.0) ** np.arange(13)
-    assert track_residuals(straight, 32, 32)[0] < 0.1
-    assert track_residuals(straight + jitter, 32, 32)[0] == pytest.approx(2.0, abs=0.1)
+    everywhere, away = np.ones((1, 13), bool), np.arange(13)[None] < 0
+    assert track_residuals(straight, everywhere, HEIGHT, WIDTH)[0] < 0.1
+    assert track_residuals(straight + jitter, everywhere, HEIGHT, WIDTH)[0] == pytest.approx(2.0, abs=0.2)
+    spoilt = straight.copy()
+    spoilt[0, 5] = 0
+    assert track_residuals(spoilt, np.arange(13)[None] != 5, HEIGHT, WIDTH)[0] < 0.1
+    assert track_residuals(spoilt, away, HEIGHT, WIDTH)[0] == 0
 
 
 def test_a_digit_that_stands_still_is_on_no_path():
-    assert track_residuals(np.full((1, 9, 2), 15.5), 32, 32)[0] > 1.5
+    still = np.full((1, FRAMES, 2), 15.5)
+    assert track_residuals(still, np.ones((1, FRAMES), bool), HEIGHT, WIDTH)[0] > 1.5
 
 
 def test_psnr_of_a_uniform_error_and_of_exact_frames():
@@ -224,16 +253,35 @@ def test_psnr_of_a_uniform_error_and_of_exact_frames():
 
 
 def test_every_prompt_of_the_domain_is_understood():
-    for digit in range(10):
-        for index, direction in enumerate(DIRECTION_NAMES):
-            clip = DigitClip(digit=digit, sample=0, direction=direction, x=0.0, y=0.0, speed=2.0)
-            assert parse_prompt(clip.prompt) == (digit, index)
+    clips = draw(0, 200) + draw(1, 20, level="one")
+    wanted = parse_prompts([clip.prompt for clip in clips])
+    assert wanted.there.sum(dim=1).tolist() == [len(clip.movers) for clip in clips]
+    for row, clip in enumerate(clips):
+        for role, mover in enumerate(clip.movers):
+            assert wanted.digits[row, role] == mover.digit
+            assert MOTIONS[int(wanted.motions[row, role])] == (mover.direction, mover.pace)
 
 
-@pytest.mark.parametrize("prompt", ["a dog runs", "a seven moving", "a seven moving up and left slowly", ""])
+def test_clips_of_one_digit_are_scored_by_that_digit_alone(scorer: Scorer):
+    clips = draw(31, level="one")
+    videos, reference = render(clips), render(draw(32, level="one"))
+    figures = score(scorer.judge, videos, [clip.prompt for clip in clips], videos[:, 0], reference)
+    assert min(figures["SA"], figures["TC"], figures["FQ"]) >= 85
+
+
+def test_without_first_frames_no_subject_is_asked_for(scorer: Scorer):
+    figures = score(scorer.judge, np.roll(scorer.videos, 1, axis=0), scorer.prompts, None, scorer.reference)
+    assert "first_frame_psnr" not in figures
+    right = score(scorer.judge, scorer.videos, scorer.prompts, None, scorer.reference)
+    assert figures["SA"] < 0.5 * right["SA"] and right["SA"] > 97
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a dog runs", "a red seven moving", "a seven moving left fast", "a green two moving left fast", ""]
+)
 def test_other_prompts_are_refused_with_the_way_out(prompt: str):
     with pytest.raises(DataError, match=r"evaluation\.judge=''") as caught:
-        parse_prompt(prompt)
+        parse_prompts([prompt])
     assert repr(prompt) in str(caught.value) and caught.value.exit_code == 2
 
 
@@ -243,7 +291,7 @@ def test_arrays_that_do_not_go_together_are_named(scorer: Scorer):
     for wrong, message in (
         ((videos, prompts[:3], first, reference), "3 prompts, 4 videos"),
         ((videos[:1], prompts[:1], first[:1], reference), "1 videos"),
-        ((videos, prompts, first, reference[:, :5]), r"reference \(4, 5, 32, 32, 3\)"),
+        ((videos, prompts, first, reference[:, :5]), r"reference \(4, 5, 16, 32, 3\)"),
         ((videos / 255, prompts, first, reference), "videos must be uint8.*float64"),
         ((videos, prompts, videos, reference), "first_frames must be uint8 with 4 axes"),
     ):
