@@ -55,7 +55,7 @@ class Wan:
         )[0].type_as(x_t)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
-        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for; later ones do not run."""
+        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for; no later one runs."""
         outputs: dict[int, Tensor] = {}
 
         def keep(index: int):

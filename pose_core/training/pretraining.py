@@ -69,7 +69,7 @@ def fit(
     module.eval()
 
 
-def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, kl_weight: float = 1e-6) -> Tensor:
+def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, kl_weight: float = 1.5e-7) -> Tensor:
     """Reconstruction (squared and absolute) and a light pull of the latents towards a standard Gaussian.
 
     ``pixels [B, 3, F, H, W]`` in [-1, 1]. ``kl_weight`` is for the divergence summed over a clip's latents.
