@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -151,3 +152,18 @@ def build_pipeline(
             return WanPipeline(**parts)
         image_encoder, image_processor = build_image_encoder()
         return WanImageToVideoPipeline(**parts, image_encoder=image_encoder, image_processor=image_processor)
+
+
+def copy_weights(folder: Path, pipeline: WanPipeline | WanImageToVideoPipeline) -> None:
+    """Begin ``pipeline``'s transformer and text encoder with the weights of the same name in a diffusers folder.
+
+    Where a weight takes fewer inputs than the folder's, as the patches of text to video do, the first ones are taken.
+    """
+    source = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+    weights = pipeline.transformer.state_dict()
+    for name, weight in weights.items():
+        found = source[name]
+        weight.copy_(found if found.shape == weight.shape else found[:, : weight.shape[1]])
+    pipeline.text_encoder.load_state_dict(
+        UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder").state_dict()
+    )
