@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from pose_core.data.clips import decode
+from pose_core.data.moving_digits import FRAMES
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.storage import Store
 
@@ -148,7 +149,10 @@ def test_every_stage_names_what_it_was_made_from(stored: dict[str, bytes]) -> No
         assert manifest["stage"] == stage
         assert manifest["inputs"] == {name: fingerprints[name] for name in manifest["inputs"]}
     assert set(manifests["export"]["inputs"]) == {"adversarial_equilibrium", "evaluate"}
-    assert manifests["prepare_data"]["metrics"] == {"train_clips": 32, "heldout_clips": 16, "quarantined_clips": 0}
+    assert manifests["prepare_data"]["metrics"] == {
+        **{"train_clips": 32, "validation_clips": 16, "test_clips": 16},
+        "quarantined_clips": 0,
+    }
 
 
 def test_mlflow_has_a_parent_and_a_finished_child_for_every_stage(
@@ -195,7 +199,7 @@ def test_samples_of_both_phases_can_be_watched(run: Run, mlflow_runs: dict, stag
     )
     for step in steps:
         frames, _ = decode((samples / f"step-{step:05d}.mp4").read_bytes())
-        assert len(frames) == 2 * 9 and frames.std() > 1  # two clips of nine frames, and something to see
+        assert len(frames) == 2 * FRAMES and frames.std() > 1  # two clips, and something to see
         with Image.open(samples / f"step-{step:05d}.png") as sheet:
             assert np.asarray(sheet).std() > 1
 

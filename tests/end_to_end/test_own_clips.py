@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 def good(seed: int) -> Members:
     clip = draw_clip(np.random.default_rng(seed))
-    return {"mp4": encode_mp4(render(clip, 9, 32, 32), 8.0), "json": json.dumps({"prompt": clip.prompt}).encode()}
+    return {"mp4": encode_mp4(render(clip), 8.0), "json": json.dumps({"prompt": clip.prompt}).encode()}
 
 
 def empty() -> Members:

@@ -24,7 +24,7 @@ from pose_core.runtime import comparing
 from pose_core.runtime.compare_clips import has_clips, read_heldout, read_training, write_clips
 from pose_core.runtime.compare_row import RowJob, run_row
 from pose_core.runtime.comparing import METHODS, Wanted, choose_methods, method_settings
-from pose_core.runtime.datasets import NULL_TEXT, Prepared
+from pose_core.runtime.datasets import HELDOUT, NULL_TEXT, Prepared
 from pose_core.runtime.row_processes import run_in_processes
 from pose_core.runtime.storage import Store
 from pose_core.settings import Settings
@@ -51,12 +51,12 @@ def tiny(teacher: Path, *more: str) -> Settings:
 
 @pytest.fixture(scope="module")
 def clips(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of clips as ``prepare_data`` leaves them to a comparison: four to train on, four held out."""
+    """A folder of clips as ``prepare_data`` leaves them to a comparison: four of each split."""
     folder = tmp_path_factory.mktemp("comparison")
     codec = WanCodec.load(tiny_folder, 6)
     rng = np.random.default_rng(0)
     store, shards = Store.open(str(folder / "store")), {}
-    for split in ("train", "heldout"):
+    for split in ("train", *HELDOUT):
         video = np.stack([render(draw_clip(rng)) for _ in PROMPTS])
         condition = codec.encode_condition(PROMPTS, video[:, 0], video.shape[1])
         columns = {"key": [f"{split}-{index}" for index in range(4)], "prompt": PROMPTS, "video": video}
