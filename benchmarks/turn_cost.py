@@ -46,8 +46,10 @@ NAMES = {
     ("equilibrium", "generator"): "turn_equilibrium_generator",
 }
 ONE_BASE_BAR = 2.5
+SHIPPED_LAYERS = 6
+"""Blocks of the embedded domain's transformer, for which the default of ``equilibrium.feature_blocks`` is."""
 LARGEST = "wan21_i2v_14b"
-TEXT_TOKENS, IMAGE_TOKENS, LATENTS = 16, 5, (5, 8, 8)
+TEXT_TOKENS, IMAGE_TOKENS, LATENTS = 16, 5, (9, 4, 8)
 
 
 def main() -> None:
@@ -89,7 +91,8 @@ def save_teacher(folder: Path, heads: int, layers: int) -> None:
 
 
 def time_turns(folder: Path, arguments: argparse.Namespace) -> list[Figure]:
-    blocks = [arguments.layers // 2 - 1, arguments.layers - 1]
+    # The default's blocks, at the same depth of however many there are here.
+    blocks = [block * arguments.layers // SHIPPED_LAYERS for block in config.load("", []).equilibrium.feature_blocks]
     settings = config.load("", [f"equilibrium.feature_blocks={blocks}"])
     batch, null_text = draw_batch(arguments.batch), torch.zeros(1, TEXT_TOKENS, small.TEXT_WIDTH)
     figures = []
