@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=16384, help="training clips")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
-    parser.add_argument("--teacher-steps", type=int, default=9000)
+    parser.add_argument("--teacher-steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=32)
     return parser.parse_args()
 
