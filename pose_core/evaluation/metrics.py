@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pose_core.data import moving_digits
 from pose_core.errors import DataError
-from pose_core.evaluation.judge import MOTIONS, Judge, Verdict, ink_centres, ink_of_roles, soften
+from pose_core.evaluation.judge import MOTIONS, Judge, Verdict, ink_centres, ink_of_roles
+from pose_core.evaluation.spoiling import soften
 
 CROP_PIXELS = moving_digits.DIGIT_PIXELS + 4
 """Side of the window that follows a digit: the whole digit, also where its centre of mass is not its middle."""
@@ -201,7 +202,7 @@ def track_residuals(centres: np.ndarray, where: np.ndarray, height: int, width: 
     A path runs along x at one speed of ``PACES`` and bounces off the walls, and keeps its height; its speed and start
     are fitted to ``centres [N, T, 2]`` in the frames ``where [N, T]``. A digit that stands still is on no path.
     """
-    speeds = np.concatenate([np.linspace(*pace, 9) for pace in moving_digits.PACES.values()])
+    speeds = np.concatenate([np.linspace(*pace, 25) for pace in moving_digits.PACES.values()])
     free = width - moving_digits.DIGIT_PIXELS
     starts = np.arange(0, 2 * free, 0.5)
     unfolded = np.mod(starts[:, None] + speeds[:, None, None] * np.arange(centres.shape[1]), 2 * free)

@@ -94,8 +94,8 @@ def test_ink_moves_as_the_prompt_says_until_the_first_bounce() -> None:
 
 def test_the_named_direction_shows_before_any_bounce() -> None:
     for each in (each for clip in drawn(500) for each in clip.movers):
-        first_steps = np.diff(positions(each, 4, HEIGHT, WIDTH), axis=0)[:, 0]
-        assert first_steps == pytest.approx([DIRECTIONS[each.direction] * each.speed] * 3)
+        first_steps = np.diff(positions(each, 3, HEIGHT, WIDTH), axis=0)[:, 0]
+        assert first_steps == pytest.approx([DIRECTIONS[each.direction] * each.speed] * 2)
 
 
 def test_both_digits_are_seen_whole_in_the_first_frame() -> None:

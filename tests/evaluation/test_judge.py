@@ -12,7 +12,8 @@ import torch
 from pose_core.data import moving_digits
 from pose_core.errors import CheckpointError
 from pose_core.evaluation import judge as judge_module
-from pose_core.evaluation.judge import DEGRADATIONS, DISORDERS, Judge, accuracy, ink_centres, soften, train
+from pose_core.evaluation.judge import Judge, accuracy, ink_centres, train
+from pose_core.evaluation.spoiling import DEGRADATIONS, DISORDERS, degrade, disorder, soften
 
 SHIPPED = Path(__file__).resolve().parents[2] / "pipelines/configs/teachers/digits_judge"
 
@@ -100,7 +101,7 @@ def test_soften_spreads_a_point_by_half_a_pixel_variance_a_pass_and_keeps_its_li
 
 
 def test_degraded_clips_stay_in_range_and_untouched_ones_stay_as_they_were(clips: torch.Tensor):
-    spoilt, strengths = judge_module.degrade(clips, torch.Generator().manual_seed(1))
+    spoilt, strengths = degrade(clips, torch.Generator().manual_seed(1))
     assert spoilt.min() >= 0 and spoilt.max() <= 1
     untouched = strengths.sum(dim=1) == 0
     assert untouched.any() and not untouched.all()
@@ -109,7 +110,7 @@ def test_degraded_clips_stay_in_range_and_untouched_ones_stay_as_they_were(clips
 
 def test_swapped_clips_carry_the_digit_of_each_frame(clips: torch.Tensor):
     digits = torch.arange(64)[:, None, None].expand(-1, 2, 17)
-    spoilt, labels, kinds = judge_module.disorder(clips, digits, torch.Generator().manual_seed(2))
+    spoilt, labels, kinds = disorder(clips, digits, torch.Generator().manual_seed(2))
     swapped = (kinds == DISORDERS.index("swapped")).nonzero().flatten()
     assert len(swapped) > 0
     for row in swapped.tolist():

@@ -15,8 +15,9 @@ import torch
 from pose_core.data import moving_digits
 from pose_core.data.moving_digits import DigitClip, Mover
 from pose_core.errors import DataError
-from pose_core.evaluation.judge import MOTIONS, Judge, ink_centres, soften
+from pose_core.evaluation.judge import MOTIONS, Judge, ink_centres
 from pose_core.evaluation.metrics import frechet_distance, parse_prompts, psnr, score, track_residuals
+from pose_core.evaluation.spoiling import soften
 
 SHIPPED = Path(__file__).resolve().parents[2] / "pipelines/configs/teachers/digits_judge"
 CLIPS = 96
