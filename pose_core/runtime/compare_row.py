@@ -153,7 +153,10 @@ def _generator(
 
 
 def _teacher(job: RowJob, heldout: Heldout, advance: Advance) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """A row for the teacher's many steps, for four and for one; guidance takes two evaluations a step."""
+    """A row for the teacher's many steps, for four and for one; guidance takes two evaluations a step.
+
+    The single step goes without: it is what one evaluation of the teacher gives.
+    """
     settings = job.settings
     evaluation, shift = settings.evaluation, settings.model.timestep_shift
     model = wan.load(_teacher_folder(settings))
@@ -161,11 +164,14 @@ def _teacher(job: RowJob, heldout: Heldout, advance: Advance) -> tuple[list[dict
     _, null_text = read_training(job.folder)
     rows, videos = [], {}
     for steps in dict.fromkeys((evaluation.teacher_steps, 4, 1)):
+        guidance = 1.0 if steps == 1 else evaluation.guidance
 
-        def sample(condition: Condition, noises: list[Tensor], steps: int = steps) -> Tensor:
-            return sample_teacher(model, condition, null_text, noises[0], steps, evaluation.guidance, shift)
+        def sample(
+            condition: Condition, noises: list[Tensor], steps: int = steps, guidance: float = guidance
+        ) -> Tensor:
+            return sample_teacher(model, condition, null_text, noises[0], steps, guidance, shift)
 
-        nfe = steps * (1 if evaluation.guidance == 1 else 2)
+        nfe = steps * (1 if guidance == 1 else 2)
         row, videos[f"nfe_{nfe}"] = _row(job, heldout, nfe, 1, sample)
         rows.append(row)
         advance(len(rows) / 3)

@@ -64,7 +64,8 @@ class SamplingActor:
             f"teacher_{many}_steps": sample_teacher(
                 self.teacher, condition, self.null_text, noise, many, guidance, shift
             ),
-            "teacher_1_step": sample_teacher(self.teacher, condition, self.null_text, noise, 1, guidance, shift),
+            # Without guidance: what one evaluation of the teacher gives.
+            "teacher_1_step": sample_teacher(self.teacher, condition, self.null_text, noise, 1, 1.0, shift),
         }
         for name, model in self.generators.items():
             latents[name] = sample_generator(model, condition, [noise])
