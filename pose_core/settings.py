@@ -51,7 +51,8 @@ class TrackingSettings(Section):
 class ModelSettings(Section):
     """The pretrained model to distil."""
 
-    family: Literal["wan"] = "wan"
+    family: Literal["wan", "wan22_ti2v", "wan22_a14b", "ltx", "hunyuan15"] = "wan"
+    """Family of the teacher: a file of ``pose_core/models``; see ``docs/families.md``."""
     task: Literal["i2v", "t2v"] = "i2v"
     teacher: Annotated[str, Field(min_length=1)] = "teachers/digits_i2v"
     """A diffusers folder (relative to the config file or the working folder) or a hub name."""

@@ -39,7 +39,9 @@ def clip_rules(data: DataSettings) -> ClipRules:
     )
 
 
-def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher: Path) -> Iterator[dict[str, Any]]:
+def prepare(
+    raw: Store, tars: list[str], out: Store, data: DataSettings, teacher: Path, task: str
+) -> Iterator[dict[str, Any]]:
     """Stream raw tars into training shards below ``out``; yields what each writer wrote and refused.
 
     A report holds ``shard`` and ``rows`` of the ``train`` and ``heldout`` files and the ``quarantine`` lines.
@@ -56,7 +58,7 @@ def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher
     ).flat_map(lambda sample: clips_of(_with_shard(sample), rules), num_cpus=0.5)
     encoded = rows.map_batches(
         Encoder,
-        fn_constructor_args=(teacher, data.text_tokens, out),
+        fn_constructor_args=(teacher, task, data.text_tokens, out),
         batch_size=data.encoder_batch_clips,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=data.encoder_actors),
         num_cpus=data.encoder_cpus,
@@ -90,23 +92,25 @@ def _with_shard(sample: dict[str, Any]) -> dict[str, Any]:
 class Encoder:
     """An actor of the encoding pool: holds the frozen encoders, turns clips into what training reads."""
 
-    def __init__(self, teacher: Path, text_tokens: int, out: Store):
+    def __init__(self, teacher: Path, task: str, text_tokens: int, out: Store):
         # Here and not above: tasks that only decode, write or read shards start seconds sooner, 400 MB smaller.
         import torch
 
-        from pose_core.models.codec import WanCodec
+        from pose_core.models import families
 
-        self.codec = WanCodec.load(teacher, text_tokens, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.task, self.codec = task, families.of(teacher).load_codec(teacher, text_tokens, device)
         out.write_bytes(
             NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).float().cpu().numpy()}))
         )
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         video = np.stack(list(rows["video"]))
-        condition = self.codec.encode_condition(list(rows["prompt"]), video[:, 0], video.shape[1])
+        first_frames = video[:, 0] if self.task == "i2v" else None
+        condition = self.codec.encode_condition(list(rows["prompt"]), first_frames, video.shape[1])
         encoded = {"latents": self.codec.encode_video(video), "text": condition.text}
-        if condition.image is not None and condition.first_frame is not None:
-            encoded |= {"image": condition.image, "first_frame": condition.first_frame}
+        given = {"image": condition.image, "first_frame": condition.first_frame}
+        encoded |= {name: value for name, value in given.items() if value is not None}
         return rows | {"video": video} | {name: value.float().cpu().numpy() for name, value in encoded.items()}
 
 

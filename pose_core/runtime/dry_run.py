@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pose_core.errors import DataError
 from pose_core.models.folders import find_folder
-from pose_core.models.parts import ClipShapes, Shape
+from pose_core.models.video_model import ClipShapes, Shape
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.object_store import find_weed
@@ -137,9 +137,9 @@ def _memory(settings: Settings, plan: Plan) -> Check:
     """Where the workers share this machine's memory, whether they fit into it."""
     most = max(worker.total for worker in plan.workers.values())
     if cluster.current_dashboard_url() is not None or settings.training.gpus_per_worker:
-        text = f"each worker needs {_size(most)} and room for activations, {_size(plan.loading)} while it loads"
+        text = f"each worker needs {_size(most)} and room for activations"
         return Check("memory", UNCHECKED, text)
-    needed, machine = settings.training.workers * max(most, plan.loading), psutil.virtual_memory().total
+    needed, machine = settings.training.workers * most, psutil.virtual_memory().total
     text = f"{settings.training.workers} workers hold {_size(needed)} of this machine's {_size(machine)}"
     return Check("memory", OK if needed < machine else WARNING, text)
 
@@ -212,7 +212,6 @@ def _workers(settings: Settings, plan: Plan) -> Table:
     }.items():
         table.add_row(name, *map(_size, values))
     table.add_row("[bold]total, activations not included[/]", *(f"[bold]{_size(each.total)}[/]" for each in phases))
-    table.add_row("whole networks, while it loads", *[_size(plan.loading)] * len(phases))
     return table
 
 

@@ -24,7 +24,7 @@ def export_generator(run: StageRun) -> None:
         generator, out = Path(scratch) / "generator", Path(scratch) / MODEL
         run.artifact_of("adversarial_equilibrium").download_folder("generator", generator)
         run.display.update(run.name, 1, 3)
-        export_folder(teacher, generator / "transformer", out, card)
+        export_folder(teacher, generator / "transformer", out, card, settings.model.task)
         run.artifact.upload_folder(out, MODEL)
         run.display.update(run.name, 2, 3)
         run.tracker.log_folder(out, MODEL)

@@ -74,7 +74,8 @@ def prepare_shards(run: StageRun, raw: RawShards, teacher: Path) -> None:
     """
     shards: dict[str, int] = {}
     quarantine: list[str] = []
-    for report in prepare(raw.store, raw.tars, run.artifact, run.settings.data, teacher):
+    task = run.settings.model.task
+    for report in prepare(raw.store, raw.tars, run.artifact, run.settings.data, teacher, task):
         shards |= report["shards"]
         quarantine += report["quarantine"]
         done = sum(shards.values()) + len(quarantine)

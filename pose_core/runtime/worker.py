@@ -69,7 +69,7 @@ def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
         generator = scratch / "generator"
         job.generator.download_folder("generator", generator)
     null_text = torch.tensor(job.prepared.null_text()).to(device)
-    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device)
+    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device, meta=True)
     build.shard_networks(networks, job.settings)
     return networks
 

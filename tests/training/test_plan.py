@@ -17,7 +17,7 @@ from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns, shard_networks
 from pose_core.training.loop import build_optimizers
-from pose_core.training.plan import PHASES, count, plan_run
+from pose_core.training.plan import PHASES, plan_run
 
 
 def preset(name: str, *overrides: str) -> Settings:
@@ -68,7 +68,6 @@ def test_the_14b_run_fits_its_workers_as_a_closed_form_says() -> None:
         assert worker.average == pytest.approx(4 * model / workers, rel=0.01)
         assert worker.batch == 4 * (2 * 16 * 21 * 60 * 104 + 4 * 21 * 60 * 104 + 512 * 4096 + 257 * 1280)
         assert 2 * 2 * model / 40 < worker.gathered < 2 * 4 * model / 40
-    assert plan.loading == pytest.approx(4 * (3 * model + lora), rel=1e-3)
 
 
 @pytest.fixture
@@ -85,7 +84,6 @@ def test_the_plan_is_what_sharded_networks_really_hold(phase: str, tiny_folder: 
     plan = plan_run(settings, tiny_folder)
     networks = build_networks(phase, settings, tiny_folder, tiny_folder, torch.empty(0), device=torch.device("cpu"))
     models = [networks.generator.module, networks.teacher.module, *([networks.heads] if networks.heads else [])]
-    assert plan.loading >= 4 * sum(map(count, [*models, networks.average.module]))
     shard_networks(networks, settings)
     held = [parameter for model in models for parameter in model.parameters()]
     assert plan.workers[phase].weights == sum(map(local_bytes, held))
