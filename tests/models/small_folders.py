@@ -1,0 +1,85 @@
+"""Small diffusers folders of the published classes, from a seed: what tests of families load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+
+from pose_core.models import small
+
+PROMPTS = ["a seven moving up and left", "an eight moving down"]
+LATENTS = small.LATENT_CHANNELS
+
+
+def wan_transformer(in_channels: int, layers: int = 2, **more: Any) -> WanTransformer3DModel:
+    """One head, two layers."""
+    return WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=32,
+        in_channels=in_channels,
+        out_channels=LATENTS,
+        text_dim=small.TEXT_WIDTH,
+        freq_dim=64,
+        ffn_dim=96,
+        num_layers=layers,
+        rope_max_seq_len=64,
+        **more,
+    )
+
+
+def wan_parts() -> dict[str, Any]:
+    """Everything around a Wan transformer, with latents of a mean and a spread of their own."""
+    tokenizer = small.build_tokenizer(PROMPTS)
+    vae = small.build_vae()
+    vae.register_to_config(
+        latents_mean=[0.1 * channel - 0.3 for channel in range(LATENTS)],
+        latents_std=[0.5 + 0.1 * channel for channel in range(LATENTS)],
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    text_encoder = small.build_text_encoder(len(tokenizer))
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
+
+
+def save_wan(folder: Path, task: str) -> None:
+    """Wan 2.1."""
+    with seeded():
+        parts = wan_parts()
+        if task == "t2v":
+            WanPipeline(**parts, transformer=wan_transformer(LATENTS)).save_pretrained(folder)
+            return
+        parts["image_encoder"], parts["image_processor"] = small.build_image_encoder()
+        transformer = wan_transformer(
+            2 * LATENTS + small.TEMPORAL_FACTOR, image_dim=small.IMAGE_WIDTH, added_kv_proj_dim=32
+        )
+        WanImageToVideoPipeline(**parts, transformer=transformer).save_pretrained(folder)
+
+
+def save_wan22_ti2v(folder: Path) -> None:
+    """Wan 2.2 TI2V 5B: a time for every token; published as a text-to-video pipeline."""
+    with seeded():
+        pipeline = WanPipeline(**wan_parts(), transformer=wan_transformer(LATENTS), expand_timesteps=True)
+        pipeline.save_pretrained(folder)
+
+
+def save_wan22_a14b(folder: Path, task: str) -> None:
+    """Wan 2.2 A14B: two experts; its image to video has no image encoder."""
+    with seeded():
+        channels = LATENTS if task == "t2v" else 2 * LATENTS + small.TEMPORAL_FACTOR
+        experts = {"transformer": wan_transformer(channels), "transformer_2": wan_transformer(channels)}
+        kind, boundary = (WanPipeline, 0.875) if task == "t2v" else (WanImageToVideoPipeline, 0.9)
+        kind(**wan_parts(), **experts, boundary_ratio=boundary).save_pretrained(folder)
+
+
+class seeded:
+    """Inside, random numbers come from a seed."""
+
+    def __enter__(self) -> None:
+        self.fork = torch.random.fork_rng()
+        self.fork.__enter__()
+        torch.manual_seed(0)
+
+    def __exit__(self, *error: Any) -> None:
+        self.fork.__exit__(*error)
