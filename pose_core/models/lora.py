@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -104,13 +104,17 @@ def add_adapter(model: StockModel, adapter: str, rank: int) -> Role:
 
 @contextmanager
 def _where_made() -> Iterator[None]:
-    """Inside, new adapters stay where they are made; peft would move them to their layer, were it the meta device."""
-    original = LoraLayer._move_adapter_to_device_of_base_layer
+    """Inside, new adapters stay where and as they are made.
+
+    peft moves them to their layer, twice; with that one on the meta device their initial values would be lost.
+    """
+    moves = LoraLayer._move_adapter_to_device_of_base_layer, LoraModel._replace_module
     LoraLayer._move_adapter_to_device_of_base_layer = lambda *_arguments, **_named: None
+    LoraModel._replace_module = lambda _self, parent, name, made, _child: setattr(parent, name, made)
     try:
         yield
     finally:
-        LoraLayer._move_adapter_to_device_of_base_layer = original
+        LoraLayer._move_adapter_to_device_of_base_layer, LoraModel._replace_module = moves
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ class FamilyContract:
         hooks = [block.register_forward_hook(keep) for block in blocks]
         try:
             latents = self.given_latents(noise, condition)
-            found = self.record(pipe, lambda: self.call(pipe, latents, first_frame, 1.0, num_inference_steps=1))
+            found = self.record(pipe, lambda: self.call(pipe, latents, first_frame, 1.0, num_inference_steps=2))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel
 
 from pose_core.models import small
 
@@ -71,6 +81,46 @@ def save_wan22_a14b(folder: Path, task: str) -> None:
         experts = {"transformer": wan_transformer(channels), "transformer_2": wan_transformer(channels)}
         kind, boundary = (WanPipeline, 0.875) if task == "t2v" else (WanImageToVideoPipeline, 0.9)
         kind(**wan_parts(), **experts, boundary_ratio=boundary).save_pretrained(folder)
+
+
+def save_ltx(folder: Path, *, timestep_conditioning: bool) -> None:
+    """LTX-Video; ``timestep_conditioning`` is what its later decoders have."""
+    with seeded():
+        vae = AutoencoderKLLTXVideo(
+            latent_channels=LATENTS,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, False, False, False),
+            decoder_spatio_temporal_scaling=(True, False, False, False),
+            patch_size=4,
+            timestep_conditioning=timestep_conditioning,
+        ).eval()
+        vae.latents_mean.copy_(torch.linspace(-0.3, 0.3, LATENTS))
+        vae.latents_std.copy_(torch.linspace(0.5, 1.2, LATENTS))
+        transformer = LTXVideoTransformer3DModel(
+            in_channels=LATENTS,
+            out_channels=LATENTS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=small.TEXT_WIDTH,
+        )
+        tokenizer = small.build_tokenizer(PROMPTS)
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        )
+        text_encoder = t5(len(tokenizer), small.TEXT_WIDTH)
+        parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
+        LTXPipeline(**parts, transformer=transformer).save_pretrained(folder)
+
+
+def t5(vocabulary_size: int, width: int) -> T5EncoderModel:
+    """A one-layer T5 encoder."""
+    config = T5Config(vocab_size=vocabulary_size, d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    return T5EncoderModel(config).eval()
 
 
 class seeded:

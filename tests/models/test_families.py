@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from contract import FamilyContract
-from small_folders import save_wan, save_wan22_a14b, save_wan22_ti2v
+from small_folders import save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
+from torch import Tensor
 
 from pose_core.errors import CheckpointError
 from pose_core.models import families
+from pose_core.models.adapter import with_given_frame
+from pose_core.models.ltx import pack, unpack
 from pose_core.models.video_model import Condition
 
 
@@ -91,6 +94,32 @@ class TestWan22A14BImage(FamilyContract):
         with pytest.raises(CheckpointError, match="has no boundary_ratio") as caught:
             families.get("wan22_a14b").load_teacher(tmp_path)
         assert caught.value.exit_code == 2
+
+
+class TestLTXText(FamilyContract):
+    family, task, pipeline = "ltx", "t2v", "LTXPipeline"
+    make = staticmethod(lambda folder: save_ltx(folder, timestep_conditioning=False))
+
+    def given_latents(self, noise: Tensor, condition: Condition) -> Tensor:
+        return pack(noise, (1, 1, 1))
+
+    def clip_of(self, sample: Tensor, condition: Condition) -> Tensor:
+        return unpack(sample, torch.Size((1, 8, 5, 4, 4)), (1, 1, 1))
+
+
+class TestLTXImage(FamilyContract):
+    family, task, pipeline = "ltx", "i2v", "LTXImageToVideoPipeline"
+    make = staticmethod(lambda folder: save_ltx(folder, timestep_conditioning=True))
+    holds_first_frame = True
+
+    def given_latents(self, noise: Tensor, condition: Condition) -> Tensor:
+        assert condition.first_frame is not None
+        return pack(with_given_frame(noise, condition.first_frame), (1, 1, 1))
+
+    def clip_of(self, sample: Tensor, condition: Condition) -> Tensor:
+        """The scheduler gets the frames behind the first."""
+        assert condition.first_frame is not None
+        return torch.cat([condition.first_frame, sample], dim=2)
 
 
 @pytest.mark.parametrize(
