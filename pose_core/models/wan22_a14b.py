@@ -121,10 +121,10 @@ class A14BFamily(WanFamily):
                 in_call=True,
             )
         tokens = count_image_tokens(folder)
-        experts = [
+        high, low = (
             load_part(Wan, folder, part, tokens, self.name, meta, dtype) for part in ("transformer", "transformer_2")
-        ]
-        return Experts(*experts, boundary)
+        )
+        return Experts(high, low, boundary)
 
     def one_step_index(self, index: dict[str, Any], task: str) -> dict[str, Any]:
         # One network makes every step now: the stock pipeline must not ask the other expert.

@@ -54,11 +54,13 @@ class FamilyContract:
 
     # How the stock pipeline is called, and what its tensors mean in the project's notation.
 
-    def call(self, pipe: Any, latents: Tensor, first_frame: np.ndarray, guidance: float, **more: Any) -> Any:
-        """Run the pipeline on one clip from ``latents``."""
+    def call(self, pipe: Any, latents: Tensor, first_frame: np.ndarray, guidance: float | None, **more: Any) -> Any:
+        """Run the pipeline on one clip from ``latents``; without ``guidance`` as a person would, who wants none."""
         size = {"height": self.side, "width": self.side, "num_frames": self.frames}
         image = {"image": Image.fromarray(first_frame)} if self.task == "i2v" else {}
-        return pipe(prompt=PROMPT, latents=latents, guidance_scale=guidance, output_type="np", **image, **size, **more)
+        return pipe(
+            prompt=PROMPT, latents=latents, guidance_scale=guidance or 1.0, output_type="np", **image, **size, **more
+        )
 
     def given_latents(self, noise: Tensor, condition: Condition) -> Tensor:
         """The noise as the pipeline takes it."""
@@ -216,7 +218,7 @@ class FamilyContract:
         assert type(pipe).__name__ == self.pipeline
         pipe.set_progress_bar_config(disable=True)
         latents = self.given_latents(noise, condition)
-        theirs = self.call(pipe, latents, first_frame, 1.0, num_inference_steps=1).frames[0]
+        theirs = self.call(pipe, latents, first_frame, None, num_inference_steps=1).frames[0]
         assert theirs.shape == ours.shape == (self.frames, self.side, self.side, 3)
         assert np.abs(theirs - ours).max() <= LIMIT
         assert ours.std() > 0.01

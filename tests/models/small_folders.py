@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
@@ -16,7 +22,21 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from pose_core.models import small
 
@@ -115,6 +135,92 @@ def save_ltx(folder: Path, *, timestep_conditioning: bool) -> None:
         text_encoder = t5(len(tokenizer), small.TEXT_WIDTH)
         parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
         LTXPipeline(**parts, transformer=transformer).save_pretrained(folder)
+
+
+def save_hunyuan15(folder: Path, task: str) -> None:
+    """HunyuanVideo 1.5."""
+    with seeded():
+        vae = AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ).eval()
+        transformer = HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=32,
+            text_embed_2_dim=16,
+            image_embed_dim=small.IMAGE_WIDTH,
+            rope_axes_dim=(2, 2, 4),
+            target_size=32,
+            task_type=task,
+        ).eval()
+        tokenizer = qwen_tokenizer()
+        parts = {
+            "text_encoder": qwen(len(tokenizer)),
+            "tokenizer": tokenizer,
+            "text_encoder_2": t5(384, 16),
+            "tokenizer_2": ByT5Tokenizer(),
+            "vae": vae,
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+            "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+            "transformer": transformer,
+        }
+        if task == "t2v":
+            HunyuanVideo15Pipeline(**parts).save_pretrained(folder)
+            return
+        config = SiglipVisionConfig(
+            hidden_size=small.IMAGE_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=16,
+        )
+        parts["image_encoder"] = SiglipVisionModel(config).eval()
+        parts["feature_extractor"] = SiglipImageProcessor(size={"height": 32, "width": 32})
+        HunyuanVideo15ImageToVideoPipeline(**parts).save_pretrained(folder)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte pairs of the prompts; its chat template puts 108 tokens before a prompt, which the pipelines cut off."""
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(
+        PROMPTS, BpeTrainer(vocab_size=300, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        + 108 * "<|im_start|>"
+        + "{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def qwen(vocabulary_size: int) -> Qwen2_5_VLTextModel:
+    """A three-layer language model."""
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_parameters={"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6},
+    )
+    return Qwen2_5_VLTextModel(config).eval()
 
 
 def t5(vocabulary_size: int, width: int) -> T5EncoderModel:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from contract import FamilyContract
-from small_folders import save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
+from contract import PROMPT, TOKENS, FamilyContract
+from diffusers import ClassifierFreeGuidance
+from PIL import Image
+from small_folders import save_hunyuan15, save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
 from torch import Tensor
 
 from pose_core.errors import CheckpointError
@@ -120,6 +124,42 @@ class TestLTXImage(FamilyContract):
         """The scheduler gets the frames behind the first."""
         assert condition.first_frame is not None
         return torch.cat([condition.first_frame, sample], dim=2)
+
+
+class HunyuanContract(FamilyContract):
+    family = "hunyuan15"
+
+    def call(self, pipe: Any, latents: Tensor, first_frame: np.ndarray, guidance: float | None, **more: Any) -> Any:
+        """The pipeline's guider is asked for guidance, and image to video takes its size from the picture."""
+        if guidance is not None:
+            pipe.guider = ClassifierFreeGuidance(guidance_scale=guidance)
+        arguments = {"prompt": PROMPT, "latents": latents, "num_frames": self.frames, "output_type": "np", **more}
+        if self.task == "t2v":
+            return pipe(height=self.side, width=self.side, **arguments)
+        return pipe(image=Image.fromarray(first_frame), **arguments)
+
+
+class TestHunyuanText(HunyuanContract):
+    task, pipeline = "t2v", "HunyuanVideo15Pipeline"
+    make = staticmethod(lambda folder: save_hunyuan15(folder, "t2v"))
+
+    def test_writing_in_a_prompt_reaches_the_network(self, codec: Any) -> None:
+        plain, written = codec.encode_text(["a seven", 'a seven beside "OPEN"'])
+        assert not plain[TOKENS:].any()
+        # Two quotation marks' worth of template and four letters, a byte a token.
+        assert 4 <= written[TOKENS:].abs().amax(dim=-1).gt(0).sum() < 60
+
+    def test_a_mean_flow_model_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        config = json.loads((folder / "transformer" / "config.json").read_text()) | {"use_meanflow": True}
+        (tmp_path / "transformer").mkdir()
+        (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="mean-flow"):
+            families.get("hunyuan15").load_teacher(tmp_path)
+
+
+class TestHunyuanImage(HunyuanContract):
+    task, pipeline = "i2v", "HunyuanVideo15ImageToVideoPipeline"
+    make = staticmethod(lambda folder: save_hunyuan15(folder, "i2v"))
 
 
 @pytest.mark.parametrize(
