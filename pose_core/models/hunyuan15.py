@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from pose_core.errors import CheckpointError
 from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty
-from pose_core.models.codec import PipelineCodec, check_size, load_encoders
+from pose_core.models.codec import PipelineCodec, load_encoders
 from pose_core.models.folders import read_config
+from pose_core.models.sizes import check_size
 from pose_core.models.video_model import ClipShapes, Condition, ConditionWidths
 from pose_core.models.weights import Weights
 

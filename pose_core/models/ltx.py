@@ -15,8 +15,9 @@ from diffusers import AutoencoderKLLTXVideo, LTXImageToVideoPipeline, LTXVideoTr
 from torch import Tensor
 
 from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty, keep_given_frame, with_given_frame
-from pose_core.models.codec import PipelineCodec, check_size, load_encoders
+from pose_core.models.codec import PipelineCodec, load_encoders
 from pose_core.models.folders import read_config
+from pose_core.models.sizes import check_size
 from pose_core.models.video_model import ClipShapes, Condition, ConditionWidths
 from pose_core.models.weights import Weights
 

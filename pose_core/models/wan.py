@@ -13,9 +13,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
 from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty
-from pose_core.models.codec import WanCodec, latent_shape, takes_image
 from pose_core.models.folders import read_config
-from pose_core.models.video_model import ClipShapes, Condition, ConditionWidths
+from pose_core.models.sizes import latent_shape, takes_image
+from pose_core.models.video_model import ClipShapes, Codec, Condition, ConditionWidths
 from pose_core.models.weights import Weights
 
 TEXT_SLOTS = 512
@@ -158,7 +158,10 @@ class WanFamily:
     ) -> Adapter:
         return load_part(self.model, folder, "transformer", count_image_tokens(teacher), self.name, meta, dtype)
 
-    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> WanCodec:
+    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> Codec:
+        # Here and not above: training ranks need no encoders, whose libraries take a hundred megabytes.
+        from pose_core.models.codec import WanCodec
+
         return WanCodec.load(folder, text_tokens, device)
 
     def clip_shapes(

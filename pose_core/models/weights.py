@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pose_core.errors import CheckpointError
 
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
-REOPEN_BYTES = 64 * 2**20
+REOPEN_BYTES = 16 * 2**20
 """A file is mapped into memory; closing it after so many bytes read gives the pages back that were looked at."""
 
 
