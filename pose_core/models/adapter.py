@@ -56,7 +56,7 @@ class Adapter:
         raise NotImplementedError
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
-        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
+        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for; no later one runs."""
         outputs: dict[int, Tensor] = {}
 
         def keep(index: int) -> Callable[..., None]:
@@ -65,10 +65,13 @@ class Adapter:
                 index, output[0] if isinstance(output, tuple) else output
             )
 
-        hooks = [self.blocks[index].register_forward_hook(keep(index)) for index in blocks]
+        every = self.blocks
+        hooks = [every[index].register_forward_hook(keep(index)) for index in blocks]
+        setattr(self.module, self.blocks_at, every[: max(blocks) + 1])
         try:
             self.velocity(x_t, t, condition)
         finally:
+            setattr(self.module, self.blocks_at, every)
             for hook in hooks:
                 hook.remove()
         return [outputs[index] for index in blocks]

@@ -199,6 +199,10 @@ class FamilyContract:
         assert (last - seen[1]).abs().max() <= LIMIT * max(1, seen[1].abs().max())
         assert (first - last).abs().max() > 1e-3
         assert all(not block._forward_hooks for block in model.blocks)
+        ran: list[int] = []
+        model.blocks[1].register_forward_hook(lambda *_: ran.append(1))
+        model.features(x_t, torch.tensor([0.5]), condition, [0])
+        assert not ran and len(model.blocks) == self.blocks
 
     def test_the_exported_folder_samples_in_one_step_in_the_stock_pipeline(
         self, folder: Path, condition: Condition, noise: Tensor, first_frame: np.ndarray, tmp_path: Path

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
@@ -36,12 +37,14 @@ from transformers import (
     SiglipVisionModel,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from pose_core.models import small
 
 PROMPTS = ["a seven moving up and left", "an eight moving down"]
-LATENTS = small.LATENT_CHANNELS
+LATENTS, TEMPORAL, TEXT_WIDTH, IMAGE_WIDTH = 8, 2, 32, 32
 
 
 def wan_transformer(in_channels: int, layers: int = 2, **more: Any) -> WanTransformer3DModel:
@@ -51,7 +54,7 @@ def wan_transformer(in_channels: int, layers: int = 2, **more: Any) -> WanTransf
         attention_head_dim=32,
         in_channels=in_channels,
         out_channels=LATENTS,
-        text_dim=small.TEXT_WIDTH,
+        text_dim=TEXT_WIDTH,
         freq_dim=64,
         ffn_dim=96,
         num_layers=layers,
@@ -63,13 +66,23 @@ def wan_transformer(in_channels: int, layers: int = 2, **more: Any) -> WanTransf
 def wan_parts() -> dict[str, Any]:
     """Everything around a Wan transformer, with latents of a mean and a spread of their own."""
     tokenizer = small.build_tokenizer(PROMPTS)
-    vae = small.build_vae()
-    vae.register_to_config(
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=LATENTS,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
         latents_mean=[0.1 * channel - 0.3 for channel in range(LATENTS)],
         latents_std=[0.5 + 0.1 * channel for channel in range(LATENTS)],
+        scale_factor_spatial=4,
+        scale_factor_temporal=TEMPORAL,
     )
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    text_encoder = small.build_text_encoder(len(tokenizer))
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    text_encoder = UMT5EncoderModel(config).eval()
     return {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
 
 
@@ -81,9 +94,7 @@ def save_wan(folder: Path, task: str) -> None:
             WanPipeline(**parts, transformer=wan_transformer(LATENTS)).save_pretrained(folder)
             return
         parts["image_encoder"], parts["image_processor"] = small.build_image_encoder()
-        transformer = wan_transformer(
-            2 * LATENTS + small.TEMPORAL_FACTOR, image_dim=small.IMAGE_WIDTH, added_kv_proj_dim=32
-        )
+        transformer = wan_transformer(2 * LATENTS + TEMPORAL, image_dim=IMAGE_WIDTH, added_kv_proj_dim=32)
         WanImageToVideoPipeline(**parts, transformer=transformer).save_pretrained(folder)
 
 
@@ -97,7 +108,7 @@ def save_wan22_ti2v(folder: Path) -> None:
 def save_wan22_a14b(folder: Path, task: str) -> None:
     """Wan 2.2 A14B: two experts; its image to video has no image encoder."""
     with seeded():
-        channels = LATENTS if task == "t2v" else 2 * LATENTS + small.TEMPORAL_FACTOR
+        channels = LATENTS if task == "t2v" else 2 * LATENTS + TEMPORAL
         experts = {"transformer": wan_transformer(channels), "transformer_2": wan_transformer(channels)}
         kind, boundary = (WanPipeline, 0.875) if task == "t2v" else (WanImageToVideoPipeline, 0.9)
         kind(**wan_parts(), **experts, boundary_ratio=boundary).save_pretrained(folder)
@@ -126,13 +137,13 @@ def save_ltx(folder: Path, *, timestep_conditioning: bool) -> None:
             attention_head_dim=16,
             cross_attention_dim=32,
             num_layers=2,
-            caption_channels=small.TEXT_WIDTH,
+            caption_channels=TEXT_WIDTH,
         )
         tokenizer = small.build_tokenizer(PROMPTS)
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
         )
-        text_encoder = t5(len(tokenizer), small.TEXT_WIDTH)
+        text_encoder = t5(len(tokenizer), TEXT_WIDTH)
         parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
         LTXPipeline(**parts, transformer=transformer).save_pretrained(folder)
 
@@ -159,7 +170,7 @@ def save_hunyuan15(folder: Path, task: str) -> None:
             mlp_ratio=2.0,
             text_embed_dim=32,
             text_embed_2_dim=16,
-            image_embed_dim=small.IMAGE_WIDTH,
+            image_embed_dim=IMAGE_WIDTH,
             rope_axes_dim=(2, 2, 4),
             target_size=32,
             task_type=task,
@@ -179,7 +190,7 @@ def save_hunyuan15(folder: Path, task: str) -> None:
             HunyuanVideo15Pipeline(**parts).save_pretrained(folder)
             return
         config = SiglipVisionConfig(
-            hidden_size=small.IMAGE_WIDTH,
+            hidden_size=IMAGE_WIDTH,
             intermediate_size=64,
             num_hidden_layers=1,
             num_attention_heads=4,
