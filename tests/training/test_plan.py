@@ -34,6 +34,10 @@ def plan_preset(name: str, *overrides: str):
     [
         ("wan21_t2v_1_3b", 1.42e9, {"vae": 0.127e9, "text encoder": 5.68e9}),
         ("wan21_i2v_14b", 16.4e9, {"vae": 0.127e9, "text encoder": 5.68e9, "image encoder": 0.632e9}),
+        ("wan22_ti2v_5b", 5.0e9, {"vae": 0.705e9, "text encoder": 5.68e9}),
+        ("ltx_2b", 1.92e9, {"vae": 0.419e9, "text encoder": 4.76e9}),
+        ("ltx_13b", 13.0e9, {"text encoder": 4.76e9}),
+        ("hunyuan15_i2v", 8.33e9, {"text encoder": 7.07e9, "text encoder 2": 0.219e9, "image encoder": 0.428e9}),
     ],
 )
 def test_networks_have_the_published_sizes(name: str, transformer: float, encoders: dict[str, float]) -> None:
@@ -43,8 +47,18 @@ def test_networks_have_the_published_sizes(name: str, transformer: float, encode
     assert {role: plan.parameters.get(role) for role in encoders} == pytest.approx(encoders, rel=0.01)
     assert ("image encoder" in plan.parameters) == ("image encoder" in encoders)
     # Light beside the backbone, as the method wants them.
-    assert 0 < plan.parameters["heads"] < 0.002 * transformer
+    assert 0 < plan.parameters["heads"] < 0.003 * transformer
     assert 0 < plan.parameters["fake-score LoRA"] < 0.07 * transformer
+
+
+def test_of_two_experts_the_teacher_holds_both_and_the_generator_one() -> None:
+    for name in ("wan22_i2v_a14b", "wan22_t2v_a14b"):
+        plan = plan_preset(name)
+        assert plan.parameters["generator"] == plan.parameters["running average"] == pytest.approx(14.3e9, rel=0.01)
+        assert plan.parameters["teacher"] == 2 * plan.parameters["generator"]
+        one_base = plan_preset(name, "training.generator=one_base", "training.workers=1")
+        # Both experts in bfloat16, adapters beside them.
+        assert one_base.workers["priming"].weights == pytest.approx(2 * plan.parameters["teacher"], rel=0.2)
 
 
 def test_a_480p_clip_of_81_frames_has_its_known_shapes() -> None:
