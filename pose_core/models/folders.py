@@ -87,6 +87,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a JSON object ({error}): fetch the folder again", in_call=True) from None
 
 
-def missing(folder: Path, file: str) -> CheckpointError:
+def missing(folder: Path | str, file: str) -> CheckpointError:
     """What to say of a folder without one of its files."""
     return CheckpointError(f"{folder} has no {file}: model.teacher must name a complete diffusers folder", in_call=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import diffusers
@@ -45,19 +46,25 @@ def clip_shapes(
     return family.clip_shapes(folder, task=task or family.tasks(folder)[0], **size)
 
 
-def check_parts(folder: Path, *, weights: bool) -> None:
+def check_parts(folder: Path, *, weights: bool, files: Collection[str] | None = None, name: str = "") -> None:
     """Check that every part ``model_index.json`` names is there; ``weights=False`` asks for the networks' configs only.
+
+    Where ``folder`` holds the configs of a folder elsewhere, ``files`` are the paths of what that one holds, and
+    ``name`` is what it is called.
 
     Raises:
         CheckpointError: names the first file that is missing or not JSON (correctable in the call).
     """
+    if files is None:
+        files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    place = name or str(folder)
     for part in _index(folder):
         if part in _NETWORKS:
             read_config(folder, part)
             if weights:
-                _check_weights(folder, part)
-        elif weights and part in _DESCRIBED_BY and not (folder / part / _DESCRIBED_BY[part]).is_file():
-            raise missing(folder, f"{part}/{_DESCRIBED_BY[part]}")
+                _check_weights(folder, part, files, place)
+        elif weights and part in _DESCRIBED_BY and f"{part}/{_DESCRIBED_BY[part]}" not in files:
+            raise missing(place, f"{part}/{_DESCRIBED_BY[part]}")
 
 
 def build_encoders(folder: Path) -> dict[str, nn.Module]:
@@ -76,13 +83,13 @@ def _index(folder: Path) -> dict[str, tuple[str, str]]:
     return {part: (entry[0], entry[1]) for part, entry in entries if isinstance(entry, list) and entry[0] is not None}
 
 
-def _check_weights(folder: Path, part: str) -> None:
+def _check_weights(folder: Path, part: str, files: Collection[str], place: str) -> None:
     for index in (folder / part).glob(_SHARD_INDEX):
         for shard in sorted(set(read_json(index)["weight_map"].values())):
-            if not (folder / part / shard).is_file():
-                raise missing(folder, f"{part}/{shard}")
-    if not any((folder / part).glob(_WEIGHTS)):
-        raise missing(folder, f"{part}/{_WEIGHTS}")
+            if f"{part}/{shard}" not in files:
+                raise missing(place, f"{part}/{shard}")
+    if not any(PurePosixPath(file).match(f"{part}/{_WEIGHTS}") for file in files):
+        raise missing(place, f"{part}/{_WEIGHTS}")
 
 
 def _build(folder: Path, part: str, library: str, name: str) -> nn.Module:

@@ -21,6 +21,7 @@ from pose_core.runtime.preflight import check_models
 from pose_core.runtime.preparing import MOVING_DIGITS
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
 from pose_core.runtime.storage import Store
+from pose_core.runtime.teachers import BUCKET
 from pose_core.settings import Settings
 from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan
 
@@ -69,10 +70,14 @@ def dry_run(settings: Settings) -> None:
 
 
 def _teacher(settings: Settings, folder: Path) -> Check:
-    name = settings.model.teacher
+    name, revision = settings.model.teacher, settings.model.revision
     if find_folder(name) is not None:
         return Check("teacher", OK, f"{folder}, every part is there")
-    return Check("teacher", UNCHECKED, f"{name}: its configs are known, its weights are downloaded when the run starts")
+    if name.startswith(BUCKET):
+        return Check("teacher", OK, f"{name}, every part is there; each machine copies it when the run starts")
+    if revision is None:
+        return Check("teacher", WARNING, f"{name} is downloaded as it will be then: pin it with model.revision=COMMIT")
+    return Check("teacher", UNCHECKED, f"{name} at {revision} is downloaded when the run starts")
 
 
 def _judge(settings: Settings) -> Check:

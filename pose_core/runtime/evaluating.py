@@ -16,12 +16,12 @@ from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
 from pose_core.models import families
-from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition, VideoModel
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.settings import Settings
 from pose_core.training.state import Draws
 
@@ -35,7 +35,7 @@ class SamplingActor:
         if settings.training.threads_per_worker:
             torch.set_num_threads(settings.training.threads_per_worker)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = local_teacher(settings.model.teacher, settings.model.revision)
+        teacher = teacher_folder(settings.model)
         family = families.get(settings.model.family)
         self.codec = family.load_codec(teacher, settings.data.text_tokens, str(self.device))
         self.null_text = torch.tensor(null_text, device=self.device)

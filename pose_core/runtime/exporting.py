@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from pose_core.inference.export import export_folder, model_card
-from pose_core.models.folders import local_teacher
 from pose_core.runtime.stage import StageRun
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.tracking import register_model
 
 MODEL = "model"
@@ -16,7 +16,7 @@ MODEL = "model"
 def export_generator(run: StageRun) -> None:
     """Write ``<run>/export/model`` and register it in MLflow under ``export.registered_model`` with its alias."""
     settings = run.settings
-    teacher = local_teacher(settings.model.teacher, settings.model.revision)
+    teacher = teacher_folder(settings.model)
     figures = run.artifact_of("evaluate").read_json("report/summary.json")["figures"]["one_step"]
     data = settings.data
     card = model_card(settings.run.name, settings.model.teacher, data.frames, data.height, data.width, figures)
