@@ -102,6 +102,14 @@ class Hunyuan15Codec(PipelineCodec):
     def _denormalise(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor
 
+    # The stock VAE's causal attention takes one clip: its mask has no place for a batch (diffusers 0.42.1).
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return torch.cat([super(Hunyuan15Codec, self)._encode(clip) for clip in pixels.split(1)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return torch.cat([super(Hunyuan15Codec, self)._decode(clip) for clip in latents.split(1)])
+
     def _first_frame(self, first_frames: np.ndarray, frames: int) -> Tensor:
         """Latents of the first frame, zeros behind it, and the mask: ``[B, C + 1, T, h, w]``."""
         first = self._encode(self._pixels(first_frames[:, None]))

@@ -143,6 +143,24 @@ class FamilyContract:
         assert widths.first_frame == (0 if condition.first_frame is None else condition.first_frame.shape[1])
         assert codec.decode(encoded[0]).shape == video.shape
 
+    def test_each_clip_of_a_batch_is_encoded_and_decoded_as_if_alone(self, codec: Any) -> None:
+        video = np.random.default_rng(2).integers(0, 256, (2, self.frames, self.side, self.side, 3), dtype=np.uint8)
+        first_frames = video[:, 0] if self.task == "i2v" else None
+        prompts = [PROMPT, "an eight"]
+        latents, condition = codec.encode_video(video), codec.encode_condition(prompts, first_frames, self.frames)
+        decoded = codec.decode(latents)
+        for row in range(2):
+            mine = slice(row, row + 1)
+            given = None if first_frames is None else first_frames[mine]
+            alone = codec.encode_condition(prompts[mine], given, self.frames)
+            torch.testing.assert_close(latents[mine], codec.encode_video(video[mine]), atol=LIMIT, rtol=LIMIT)
+            for name in ("text", "image", "first_frame"):
+                together, single = getattr(condition, name), getattr(alone, name)
+                assert (together is None) == (single is None)
+                if single is not None:
+                    torch.testing.assert_close(together[mine], single, atol=LIMIT, rtol=LIMIT)
+            assert np.abs(decoded[mine] - codec.decode(latents[mine])).max() <= LIMIT
+
     @pytest.mark.parametrize("guidance", [1.0, 4.0])
     def test_the_velocity_is_what_the_stock_pipeline_feeds_its_scheduler(
         self, folder: Path, pipe: Any, codec: Any, condition: Condition, noise: Tensor, first_frame, guidance: float
