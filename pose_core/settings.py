@@ -51,12 +51,14 @@ class TrackingSettings(Section):
 class ModelSettings(Section):
     """The pretrained model to distil."""
 
-    family: Literal["wan"] = "wan"
+    family: Literal["wan", "wan22_ti2v", "wan22_a14b", "ltx", "hunyuan15"] = "wan"
+    """Family of the teacher: a file of ``pose_core/models``; see ``docs/families.md``."""
     task: Literal["i2v", "t2v"] = "i2v"
     teacher: Annotated[str, Field(min_length=1)] = "teachers/digits_i2v"
-    """A diffusers folder (relative to the config file or the working folder) or a hub name."""
+    """A diffusers folder (relative to the config file or the working folder), one in a bucket (``s3://bucket/folder``),
+    or a hub name. Its weights must be safetensors."""
     revision: str | None = None
-    """Pinned revision of a hub name."""
+    """Commit that a hub name is pinned to; without it the newest is taken."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Shift of the teacher's sampling times (Wan 2.1 at 480P: 3)."""
 

@@ -126,7 +126,7 @@ def test_an_unknown_key_that_is_near_nothing_lists_what_there_is() -> None:
         ("run.seed=2147483648", "less than 2147483648"),
         ("storage.uri=''", "at least 1 character"),
         ("storage.uri=5", "string"),
-        ("model.family='ltx'", "'wan'"),
+        ("model.family='sora'", "'wan'"),
         ("model.task='v2i'", "'i2v' or 't2v'"),
         ("training.precision='fp16'", "'float32' or 'bfloat16'"),
         ("equilibrium.feature_blocks=3", "tuple"),

@@ -8,19 +8,24 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from pose_core.models import families
+from pose_core.models.folders import read_index
 
-def export_folder(teacher: Path, generator: Path, out: Path, card: str) -> None:
+
+def export_folder(teacher: Path, generator: Path, out: Path, card: str, task: str | None = None) -> None:
     """Assemble ``out`` from the teacher's folder, the generator's transformer folder and a one-step scheduler.
 
     One Euler step from noise to data is exactly the one-step map, so the stock pipeline needs no code of ours. ``card``
-    is the text of the folder's README.md.
+    is the text of the folder's README.md, ``task`` what a model that can do several was distilled for.
     """
-    shutil.copytree(teacher, out, ignore=shutil.ignore_patterns("transformer", "scheduler", ".*"))
+    family = families.of(teacher)
+    shutil.copytree(teacher, out, ignore=shutil.ignore_patterns("transformer", "transformer_2", "scheduler", ".*"))
     shutil.copytree(generator, out / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(out / "scheduler")
-    index = json.loads((out / "model_index.json").read_text())
+    index = family.one_step_index(read_index(teacher), task or family.tasks(teacher)[0])
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    family.finish_export(out)
     (out / "README.md").write_text(card)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pose_core.models.video_model import Condition
+
+LATENT_AREAS = 16
+"""Areas along each side that a first frame's latents are averaged over, about as many as an image encoder has."""
 
 
 class DiscriminatorHeads(nn.Module):
@@ -29,7 +33,10 @@ class DiscriminatorHeads(nn.Module):
 
 
 class SemanticHead(nn.Module):
-    """Learnable queries meet the condition by self-attention, then look at the video by cross-attention."""
+    """Learnable queries meet the condition by self-attention, then look at the video by cross-attention.
+
+    Deviation: of a model without an image encoder, the condition image are its first frame's latents.
+    """
 
     def __init__(self, width: int, head_width: int, text_width: int, image_width: int, queries: int):
         super().__init__()
@@ -45,8 +52,7 @@ class SemanticHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
         """Logits ``[B, queries]``; zero tokens behind a prompt are not attended to."""
-        assert condition.image is not None
-        text, image = condition.text.float(), condition.image.float()
+        text, image = condition.text.float(), image_tokens(condition).float()
         queries = self.queries.expand(len(text), -1, -1)
         context = torch.cat([queries, self.image(image), self.text(text)], dim=1)
         absent = torch.zeros(context.shape[:2], dtype=torch.bool, device=context.device)
@@ -58,6 +64,16 @@ class SemanticHead(nn.Module):
         queries = self.norm_queries(context[:, : queries.shape[1]])
         video = torch.cat([self.features(feature) for feature in features], dim=1)
         return self.logit(queries + self.cross_attention(queries, video, video, need_weights=False)[0]).squeeze(-1)
+
+
+def image_tokens(condition: Condition) -> Tensor:
+    """The condition image as tokens ``[B, N, D]``: its embeddings or, without any, its latents (16 x 16)."""
+    if condition.image is not None:
+        return condition.image
+    assert condition.first_frame is not None
+    latents = condition.first_frame[:, :, 0]
+    rows, columns = (min(side, LATENT_AREAS) for side in latents.shape[2:])
+    return F.adaptive_avg_pool2d(latents, (rows, columns)).flatten(2).transpose(1, 2)
 
 
 def _token_head(width: int, head_width: int) -> nn.Sequential:

@@ -15,14 +15,13 @@ from ray.util import ActorPool
 from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
-from pose_core.models import wan
-from pose_core.models.codec import WanCodec
-from pose_core.models.folders import local_teacher
-from pose_core.models.video_model import Condition
+from pose_core.models import families
+from pose_core.models.video_model import Condition, VideoModel
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.settings import Settings
 from pose_core.training.state import Draws
 
@@ -36,18 +35,18 @@ class SamplingActor:
         if settings.training.threads_per_worker:
             torch.set_num_threads(settings.training.threads_per_worker)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = local_teacher(settings.model.teacher, settings.model.revision)
-        self.codec = WanCodec.load(teacher, settings.data.text_tokens, str(self.device))
+        teacher = teacher_folder(settings.model)
+        family = families.get(settings.model.family)
+        self.codec = family.load_codec(teacher, settings.data.text_tokens, str(self.device))
         self.null_text = torch.tensor(null_text, device=self.device)
-        self.teacher = self._model(teacher)
+        self.teacher = self._placed(family.load_teacher(teacher))
         self.generators = {}
         for name, store in generators.items():
             with tempfile.TemporaryDirectory() as folder:
                 store.download_folder("generator", Path(folder) / "generator")
-                self.generators[name] = self._model(Path(folder) / "generator", wan.count_image_tokens(teacher))
+                self.generators[name] = self._placed(family.load_generator(Path(folder) / "generator", teacher))
 
-    def _model(self, folder: Path, image_tokens: int | None = None) -> wan.Wan:
-        model = wan.load(folder, image_tokens=image_tokens)
+    def _placed(self, model: VideoModel) -> VideoModel:
         model.module.to(self.device).eval()
         return model
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pose_core.errors import PoseError
-from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
 from pose_core.settings import Settings
 from pose_core.training import build, checkpoint, loop, parallel
@@ -63,13 +63,13 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
 
 
 def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
-    teacher = local_teacher(job.settings.model.teacher, job.settings.model.revision)
+    teacher = teacher_folder(job.settings.model)
     generator = teacher
     if job.generator is not None:
         generator = scratch / "generator"
         job.generator.download_folder("generator", generator)
     null_text = torch.tensor(job.prepared.null_text()).to(device)
-    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device)
+    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device, meta=True)
     build.shard_networks(networks, job.settings)
     return networks
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pose_core.errors import ConfigError
+from pose_core.models import families
 from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
@@ -56,8 +57,6 @@ class Plan:
     """Numbers of parameters by role, in the order of the pipeline."""
     workers: dict[str, WorkerBytes]
     """What one worker holds, by phase."""
-    loading: int
-    """Bytes of the networks that a worker has loaded whole when it starts to shard them."""
 
 
 def plan_run(settings: Settings, teacher: Path) -> Plan:
@@ -67,6 +66,7 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
         ConfigError: a setting does not fit this teacher.
         CheckpointError: (correctable in the call) the folder lacks a config, or clips of this size do not fit it.
     """
+    _check_family(settings, teacher)
     nothing = torch.empty(0, device="meta")
     with nothing.device:  # the LoRA too, which would otherwise be drawn on the CPU first
         networks = {
@@ -74,13 +74,13 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
             for phase in PHASES
         }
     data = settings.data
-    clip = clip_shapes(teacher, frames=data.frames, height=data.height, width=data.width, text_tokens=data.text_tokens)
-    _check_fit(settings, clip, len(networks["priming"].generator.blocks))
+    size = {"frames": data.frames, "height": data.height, "width": data.width, "text_tokens": data.text_tokens}
+    clip = clip_shapes(teacher, task=settings.model.task, **size)
+    _check_fit(settings, len(networks["priming"].generator.blocks))
     return Plan(
         clip,
         _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
         {phase: _worker(phase, settings, networks[phase], clip) for phase in PHASES},
-        max(_bytes(_everything(each), 1) for each in networks.values()),
     )
 
 
@@ -89,11 +89,17 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_fit(settings: Settings, clip: ClipShapes, blocks: int) -> None:
-    teacher, found = settings.model.teacher, "t2v" if clip.image is None else "i2v"
-    if settings.model.task != found:
-        raise ConfigError(f"model.task={settings.model.task} does not fit {teacher}: set model.task={found}")
-    chosen = settings.equilibrium.feature_blocks
+def _check_family(settings: Settings, folder: Path) -> None:
+    model, family = settings.model, families.of(folder)
+    if model.family != family.name:
+        raise ConfigError(f"model.family={model.family} does not fit {model.teacher}: set model.family={family.name}")
+    tasks = family.tasks(folder)
+    if model.task not in tasks:
+        raise ConfigError(f"model.task={model.task} does not fit {model.teacher}: set model.task={tasks[0]}")
+
+
+def _check_fit(settings: Settings, blocks: int) -> None:
+    teacher, chosen = settings.model.teacher, settings.equilibrium.feature_blocks
     if max(chosen) >= blocks:
         raise ConfigError(
             f"equilibrium.feature_blocks={list(chosen)} does not fit {teacher}: name blocks from 0 to {blocks - 1}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pose_core.method.flow import Velocity, guided
 from pose_core.models.heads import DiscriminatorHeads
 from pose_core.models.lora import Role
-from pose_core.models.video_model import Condition, VideoModel
+from pose_core.models.video_model import Condition, StockModel, VideoModel
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Networks:
         }
         return {name: role for name, role in named.items() if role is not None}
 
-    def models(self) -> list[VideoModel]:
-        """The transformers behind the roles, each once."""
-        return list({id(role.module): role.base for role in self.roles().values()}.values())
+    def models(self) -> list[StockModel]:
+        """The transformers behind the roles, each once: one that is a part of another is not named beside it."""
+        models = {id(role.module): role.base for role in self.roles().values()}
+        parts = {id(part) for model in models.values() for part in model.module.modules() if part is not model.module}
+        return [model for key, model in models.items() if key not in parts]
 
     def modules(self) -> list[nn.Module]:
         """Everything that has weights, each once."""

@@ -106,7 +106,7 @@ def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False)
     settings = config.load("", [*TINY, *CASES[name], *overrides])
     name = name.split(",")[0]
     null_text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(99))
-    networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"))
+    networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"), meta=sharded)
     if sharded:
         build.shard_networks(networks, settings)
     turns = build.phase_turns(name, settings)

@@ -100,8 +100,10 @@ def test_on_the_meta_device_nothing_holds_memory(tiny_folder: Path) -> None:
     from pose_core.training.build import build_networks
 
     settings = config.load("", ["equilibrium.feature_blocks=[0, 1]"])
-    networks = build_networks(
-        "equilibrium", settings, tiny_folder, tiny_folder, torch.zeros(1, 6, 32), device=CPU, meta=True
-    )
+    null_text = torch.zeros(1, 6, 32, device="meta")
+    with null_text.device:
+        networks = build_networks(
+            "equilibrium", settings, tiny_folder, tiny_folder, null_text, device=null_text.device, meta=True
+        )
     assert networks.heads is not None
     assert all(parameter.is_meta for module in networks.modules() for parameter in module.parameters())
