@@ -236,6 +236,11 @@ class ExportSettings(Section):
 
     registered_model: Annotated[str, Field(min_length=1)] = "pose-digits-i2v"
     alias: Annotated[str, Field(min_length=1)] = "one-step"
+    lora_rank: NonNegativeInt = 64
+    """Rank of the LoRA file that is extracted from a fully trained generator (0: none); one that was trained as a LoRA
+    has ``training.lora_rank``."""
+    licence: str = ""
+    """The teacher's licence, by its name on the hub (``apache-2.0``), where the teacher's README.md does not say it."""
 
 
 class AlarmSettings(Section):

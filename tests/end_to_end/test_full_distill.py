@@ -25,13 +25,14 @@ pytestmark = pytest.mark.integration
 
 STAGES = ["prepare_data", "stability_priming", "adversarial_equilibrium", "evaluate", "export"]
 PRIMING_STEPS, EQUILIBRIUM_STEPS, LOG_EVERY, CHECKPOINT_EVERY = 60, 4, 2, 10
+LORA_RANK = 4
 SETTINGS = (
     *("run.name=whole", "data.digits_clips=32", "data.digits_heldout_clips=16", "data.digits_clips_per_tar=16"),
     *("data.clips_per_shard=16", "data.encoder_actors=1", "training.batch_per_worker=2", "training.sample_clips=2"),
     *(f"priming.steps={PRIMING_STEPS}", f"equilibrium.steps={EQUILIBRIUM_STEPS}"),
     *(f"training.checkpoint_every_steps={CHECKPOINT_EVERY}", f"tracking.log_every_steps={LOG_EVERY}"),
     *("training.sample_every_steps=40", "evaluation.clips=8", "evaluation.workers=1", "evaluation.teacher_steps=4"),
-    *("export.registered_model=tiny", "export.alias=newest"),
+    *("export.registered_model=tiny", "export.alias=newest", f"export.lora_rank={LORA_RANK}"),
 )
 SECRETS = (".pose/object_store/credentials", ".pose/object_store/s3.json", ".pose/ray/ray_token")
 
@@ -216,6 +217,28 @@ def test_the_registered_model_is_the_exported_diffusers_folder(
     assert parts["_class_name"] == "WanImageToVideoPipeline"
     for part in ("transformer", "vae", "text_encoder", "image_encoder"):
         assert any(path.suffix == ".safetensors" and path.parts[0] == part for path in files), part
+
+
+def test_lora_files_with_their_error_and_cards_with_pictures_come_with_it(run: Run, stored: dict[str, bytes]) -> None:
+    from huggingface_hub import ModelCard
+    from safetensors import safe_open
+
+    folders = {name: run.folder / "outputs/whole" / name for name in ("model", "lora")}
+    for name, folder in folders.items():
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert {"README.md", "samples/contact_sheet.png", "samples/comparison.mp4"} <= files
+        assert {f"runs/whole/export/{name}/{file}" for file in files} <= set(stored)
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.to_dict()["license"] == "unknown"  # the teacher's folder does not say
+        assert "8 held-out clips" in card.text and "32 for training, 16 held out" in card.text
+    error = json.loads((folders["lora"] / "extraction.json").read_text())
+    assert error["rank"] == LORA_RANK and 0 < error["total_error"] < 1
+    manifest = json.loads(stored["runs/whole/export/manifest.json"])
+    assert manifest["metrics"]["lora_total_error"] == error["total_error"]
+    for file in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+        with safe_open(folders["lora"] / file, framework="np") as weights:
+            downs = [name for name in weights.keys() if name.endswith("lora_A.weight")]  # noqa: SIM118
+            assert {weights.get_slice(name).get_shape()[0] for name in downs} == {LORA_RANK}
 
 
 def test_the_report_compares_one_step_with_the_teacher(run: Run) -> None:
