@@ -7,7 +7,8 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,18 +36,25 @@ def run(main: Callable[[Arguments], None], description: str, *, dry_run: bool = 
     ``dry_run`` says whether the script has that switch.
     """
     typed = _parser(description, dry_run).parse_intermixed_args()
-    _quiet(typed.debug)
-    try:
+    with errors_for_people(typed.debug):
         settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
         main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False)))
+
+
+@contextmanager
+def errors_for_people(debug: bool) -> Iterator[None]:
+    """Inside, libraries keep quiet and an error becomes one line and an exit code."""
+    _quiet(debug)
+    try:
+        yield
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     except PoseError as error:
-        _fail(str(error), error.exit_code, typed.debug)
+        _fail(str(error), error.exit_code, debug)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror or error}{where} (--debug shows where it happened)", 1, typed.debug)
+        _fail(f"{error.strerror or error}{where} (--debug shows where it happened)", 1, debug)
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> None:

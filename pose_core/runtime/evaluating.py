@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.util import ActorPool
 
+from pose_core.evaluation import motion
 from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
@@ -123,9 +124,16 @@ def evaluate_generators(run: StageRun) -> None:
     score = scorer(settings.evaluation.judge, generated["prompt"], real[:, 0], reference)
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
+    rate = settings.data.frames_per_second
+    moves = {
+        name: motion.summarise(
+            motion.measure(video, rate, start) for video, start in zip(made, real[:, 0], strict=True)
+        )
+        for name, made in videos.items()
+    }
+    summary["motion"] = moves
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        rate = settings.data.frames_per_second
         write_report(report, summary, videos, generated["prompt"], settings.evaluation.sheet_clips, rate)
         run.artifact.upload_folder(report, "report")
         run.tracker.log_folder(report, "report")

@@ -11,7 +11,7 @@ from pose_core.evaluation.report import figures_table
 from pose_core.inference.card import SAMPLES, Facts, folder_card, lora_card, pipeline_class, teacher_licence
 from pose_core.inference.export import export_folder
 from pose_core.models import wan
-from pose_core.models.folders import find_folder, local_teacher
+from pose_core.models.folders import SHIPPED, find_folder, local_teacher
 from pose_core.models.lora import ADAPTER_FILE
 from pose_core.models.lora_file import (
     DOWN,
@@ -28,6 +28,8 @@ from pose_core.runtime.stage import StageRun
 from pose_core.runtime.tracking import register_model
 
 MODEL, LORA = "model", "lora"
+SHIPPED_LICENCE = "apache-2.0"
+"""Of the teachers that come with the project, as of the project."""
 PICTURES = ("contact_sheet.png", "comparison.mp4")
 
 
@@ -95,13 +97,14 @@ def _facts(run: StageRun, teacher: Path) -> Facts:
     name, published = settings.model.teacher, find_folder(settings.model.teacher) is None
     if not published and Path(name).is_absolute():
         name = Path(name).name  # where it lies on this machine is nobody's business
+    shipped = SHIPPED_LICENCE if teacher.is_relative_to(SHIPPED.resolve()) else ""
     return Facts(
         name=settings.run.name,
         teacher=name,
         published=published,
         pipeline=pipeline_class(teacher),
         method=settings.method.name,
-        licence=teacher_licence(teacher, settings.export.licence),
+        licence=teacher_licence(teacher, settings.export.licence or shipped),
         size=(data.frames, data.height, data.width),
         data=_data(run),
         settings=_settings(run),

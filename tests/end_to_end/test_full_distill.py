@@ -248,6 +248,8 @@ def test_the_report_compares_one_step_with_the_teacher(run: Run) -> None:
     assert all(set(row) == set(figures["real"]) and np.isfinite(list(row.values())).all() for row in figures.values())
     assert figures["real"]["mean"] > figures["one_step"]["mean"]  # two random networks are no match for real clips
     assert summary["run"]["clips"] == 8
+    assert set(summary["motion"]) == set(figures)
+    assert summary["motion"]["real"]["dynamic_degree"] > 50 and summary["motion"]["real"]["still"] == 0
 
 
 def test_secrets_stay_in_files_that_only_their_owner_can_read(run: Run, stored: dict[str, bytes]) -> None:
