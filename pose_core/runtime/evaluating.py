@@ -27,6 +27,9 @@ from pose_core.runtime.storage import Store
 from pose_core.settings import Settings
 from pose_core.training.state import Draws
 
+MOTION_CLIPS = 32
+"""Clips of each way to sample that motion is measured on: seconds each, where they are large."""
+
 
 @ray.remote
 class SamplingActor:
@@ -125,13 +128,11 @@ def evaluate_generators(run: StageRun) -> None:
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
     rate = settings.data.frames_per_second
-    moves = {
-        name: motion.summarise(
-            motion.measure(video, rate, start) for video, start in zip(made, real[:, 0], strict=True)
-        )
-        for name, made in videos.items()
+    starts = real[:MOTION_CLIPS, 0]
+    summary["motion"] = {
+        way: motion.summarise(motion.measure(video, rate, start) for video, start in zip(made, starts, strict=False))
+        for way, made in videos.items()
     }
-    summary["motion"] = moves
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         write_report(report, summary, videos, generated["prompt"], settings.evaluation.sheet_clips, rate)
