@@ -29,7 +29,7 @@ def summarise(figures: dict[str, dict[str, float]], run: dict[str, Any]) -> dict
 def write_report(
     folder: Path, summary: dict[str, Any], videos: Videos, prompts: list[str], clips: int, frames_per_second: float
 ) -> None:
-    """Write ``summary.json``, ``contact_sheet.png``, ``comparison.mp4``, ``figures.md``, ``motion.md`` to ``folder``."""
+    """Write ``summary.json``, ``figures.md``, ``motion.md``, ``contact_sheet.png`` and ``comparison.mp4``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "figures.md").write_text(figures_table(summary["figures"]))
