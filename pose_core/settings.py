@@ -231,6 +231,44 @@ class EvaluationSettings(Section):
     sheet_clips: PositiveInt = 6
 
 
+class VbenchSettings(Section):
+    """VBench-I2V, ``pipelines/evaluate.py --suite vbench_i2v``; steps and guidance are ``evaluation``'s."""
+
+    videos_per_prompt: PositiveInt = 5
+    """Seeds a prompt; five is VBench's own number, and the most it looks at."""
+    ratios: Annotated[tuple[Literal["1-1", "8-5", "7-4", "16-9"], ...], Field(min_length=1)] = (
+        *("1-1", "8-5", "7-4", "16-9"),
+    )
+    """Aspect ratios of the suite's images; videos have about ``data.height x data.width`` pixels in each."""
+    dimensions: Annotated[
+        tuple[
+            Literal[
+                "i2v_subject",
+                "i2v_background",
+                "camera_motion",
+                "subject_consistency",
+                "background_consistency",
+                "motion_smoothness",
+                "dynamic_degree",
+                "aesthetic_quality",
+                "imaging_quality",
+                "temporal_flickering",
+            ],
+            ...,
+        ],
+        Field(min_length=1),
+    ] = (
+        *("i2v_subject", "i2v_background", "camera_motion", "subject_consistency", "background_consistency"),
+        *("motion_smoothness", "dynamic_degree", "aesthetic_quality", "imaging_quality", "temporal_flickering"),
+    )
+    most_prompts: NonNegativeInt = 0
+    """Prompts of each dimension that are sampled (0: all); fewer make scores that compare with nobody's."""
+    weights_folder: str = "~/.cache/vbench"
+    """Where the networks behind the dimensions lie on the machine that scores; nothing is downloaded."""
+    environment_folder: str = "~/.cache/pose/vbench"
+    """Where the vbench package's own environment is built, once, on the machine that scores."""
+
+
 class ExportSettings(Section):
     """The folder stock diffusers loads."""
 
@@ -277,4 +315,5 @@ class Settings(Section):
     rivals: RivalsSettings = RivalsSettings()
     alarms: AlarmSettings = AlarmSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    vbench: VbenchSettings = VbenchSettings()
     export: ExportSettings = ExportSettings()

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,17 +28,28 @@ class Arguments:
     settings: Settings
     debug: bool
     dry_run: bool = False
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """What a script has of its own."""
 
 
-def run(main: Callable[[Arguments], None], description: str, *, dry_run: bool = False) -> None:
+def run(
+    main: Callable[[Arguments], None],
+    description: str,
+    *,
+    dry_run: bool = False,
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
     """Parse the command line, call ``main`` and turn errors into one line and an exit code.
 
-    ``dry_run`` says whether the script has that switch.
+    ``dry_run`` says whether the script has that switch; ``options`` adds arguments of its own.
     """
-    typed = _parser(description, dry_run).parse_intermixed_args()
+    parser = _parser(description, dry_run)
+    if options is not None:
+        options(parser)
+    typed = parser.parse_intermixed_args()
     with errors_for_people(typed.debug):
         settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
-        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False)))
+        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False), typed))
 
 
 @contextmanager

@@ -31,8 +31,7 @@ MOTION_CLIPS = 32
 """Clips of each way to sample that motion is measured on: seconds each, where they are large."""
 
 
-@ray.remote
-class SamplingActor:
+class Sampler:
     """Holds the models of an evaluation; samples one batch of held-out rows at a time."""
 
     def __init__(self, settings: Settings, generators: dict[str, Store], null_text: np.ndarray):
@@ -75,6 +74,9 @@ class SamplingActor:
         for steps in evaluation.few_steps:
             latents[f"{steps}_steps"] = sample_generator(self.generators["one_step"], condition, noises[:steps])
         return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
+
+
+SamplingActor = ray.remote(Sampler)
 
 
 def sample_heldout(
@@ -128,7 +130,7 @@ def evaluate_generators(run: StageRun) -> None:
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
     rate = settings.data.frames_per_second
-    starts = real[:MOTION_CLIPS, 0]
+    starts = list(real[:MOTION_CLIPS, 0]) if settings.model.task == "i2v" else [None] * MOTION_CLIPS
     summary["motion"] = {
         way: motion.summarise(motion.measure(video, rate, start) for video, start in zip(made, starts, strict=False))
         for way, made in videos.items()

@@ -116,10 +116,11 @@ def _facts(run: StageRun, teacher: Path) -> Facts:
 
 def _data(run: StageRun) -> dict[str, str]:
     data = run.settings.data
-    counts = run.artifact_of("prepare_data").read_json(manifests.MANIFEST)["metrics"]
+    metrics = run.artifact_of("prepare_data").read_json(manifests.MANIFEST)["metrics"]
+    counts = {name.removesuffix("_clips"): count for name, count in metrics.items() if name.endswith("_clips")}
     return {
         "source": manifests.without_passwords(data.raw_uri),
-        "clips": f"{counts['train_clips']:g} for training, {counts['heldout_clips']:g} held out",
+        "clips": ", ".join(f"{count:g} {split}" for split, count in counts.items()),
         "a clip": f"{data.frames} frames of {data.width} x {data.height} at {data.frames_per_second:g} a second",
     }
 

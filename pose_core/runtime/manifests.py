@@ -61,6 +61,10 @@ STAGES: Mapping[str, Stage] = {
     )
 }
 """The chain, in its order."""
+SUITES: Mapping[str, Stage] = {
+    "vbench_i2v": Stage("vbench_i2v", ("adversarial_equilibrium",), ("run", "model", "data", "evaluation", "vbench"))
+}
+"""What a finished run can be put through besides, by itself."""
 
 _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
     "run": frozenset({"name", "output_folder"}),
@@ -70,6 +74,7 @@ _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),
+    "vbench": frozenset({"weights_folder", "environment_folder"}),
     "alarms": frozenset({"every_steps", "clips", "non_finite_steps"}),
 }
 """Settings that change how a result is computed or watched and not what it is: who tunes them keeps what is done."""
