@@ -35,7 +35,7 @@ def check_suite(settings: Settings, images: Path) -> list[Entry]:
     if settings.model.task != "i2v":
         raise ConfigError("VBench-I2V is for image-to-video models, model.task is t2v: leave --suite out")
     wanted = settings.vbench
-    entries = vbench.read_suite(images, wanted.dimensions, wanted.most_prompts)
+    entries = vbench.read_suite(images, wanted.dimensions, settings.vbench.most_prompts)
     if missing := vbench.missing_images(images, wanted.ratios, entries):
         raise DataError("VBench-I2V's images are missing: " + "; ".join(missing), in_call=True)
     return entries
