@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from pose_core.result_settings import AlarmSettings, EvaluationSettings, ExportSettings, VbenchSettings
+from pose_core.section import Fraction, LearningRate, NonNegativeInt, PositiveInt, Section
 
 
 class RunSettings(Section):
@@ -220,48 +212,6 @@ class RivalsSettings(RenoisedSection):
     """APT's approximated R1 penalty: its weight, and the noise that real clips are moved by."""
 
 
-class EvaluationSettings(Section):
-    """The report: the one-step generator against its teacher."""
-
-    clips: PositiveInt = 96
-    """Held-out clips that are generated; as many others, where there are any, are the reference of the figures."""
-    batch_clips: PositiveInt = 16
-    teacher_steps: PositiveInt = 50
-    few_steps: tuple[Annotated[int, Field(ge=2)], ...] = (4,)
-    """Numbers of steps, besides one, that the generator is sampled in too."""
-    guidance: Annotated[float, Field(ge=0)] = 2.0
-    workers: PositiveInt = 2
-    judge: str = "teachers/digits_judge"
-    """Folder of the small classifier behind SA, TC and FQ; empty leaves those three out."""
-    sheet_clips: PositiveInt = 6
-
-
-class ExportSettings(Section):
-    """The folder stock diffusers loads."""
-
-    registered_model: Annotated[str, Field(min_length=1)] = "pose-digits-i2v"
-    alias: Annotated[str, Field(min_length=1)] = "one-step"
-
-
-class AlarmSettings(Section):
-    """What is watched while a phase trains, and when it ends the phase.
-
-    Motion, diversity and fidelity to the first frame are measured on fixed held-out clips and noise. A figure that has
-    once reached ``lowest_share`` of the teacher's and then falls below it has collapsed.
-    """
-
-    every_steps: NonNegativeInt = 25
-    """Steps between two measurements; each checkpoint is preceded by one. 0 = never."""
-    clips: PositiveInt = 4
-    lowest_share: Fraction = 0.3
-    """Share of the teacher's value below which a figure has collapsed. A healthy generator has about half of the
-    teacher's diversity (measured on the digits: 0.5 in both phases; motion 0.87, fidelity 0.65)."""
-    stop_early: bool = False
-    """End the phase at a collapse; its result is then the last checkpoint before it."""
-    non_finite_steps: PositiveInt = 3
-    """Updates in a row that one turn may skip, for a loss or gradient that is not finite, before the run stops."""
-
-
 class Settings(Section):
     """All settings of one run."""
 
@@ -277,4 +227,5 @@ class Settings(Section):
     rivals: RivalsSettings = RivalsSettings()
     alarms: AlarmSettings = AlarmSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    vbench: VbenchSettings = VbenchSettings()
     export: ExportSettings = ExportSettings()

@@ -175,6 +175,8 @@ class Family(Protocol):
 
     name: str
     """What ``model.family`` calls it."""
+    pipelines: Mapping[str, str]
+    """The stock pipeline that loads an exported folder, by task."""
 
     def tasks(self, folder: Path) -> tuple[str, ...]:
         """``i2v``, ``t2v`` or both: what the model in the folder can be conditioned on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,29 @@ REOPEN_BYTES = 16 * 2**20
 """A file is mapped into memory; closing it after so many bytes read gives the pages back that were looked at."""
 
 
-class Weights:
-    """The weights of ``<folder>/<part>``: one safetensors file, or several with an index."""
+class Weights(Mapping[str, Tensor]):
+    """The weights of ``<folder>/<part>`` by name: one safetensors file, or several with an index.
+
+    Raises:
+        CheckpointError: once they are asked for: there are none, or they cannot be read (correctable in the call).
+    """
 
     def __init__(self, folder: Path, part: str = "transformer"):
         self.place = folder / part
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One whole tensor, in the file's precision."""
+        value = self._file(self.files[name]).get_tensor(name)
+        self._read_bytes += value.numel() * value.element_size()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def read(self, name: str, into: Tensor, first_row: int = 0) -> None:
         """Fill ``into`` with the tensor ``name``, or with its rows from ``first_row`` on, in ``into``'s precision."""

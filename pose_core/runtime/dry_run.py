@@ -33,7 +33,7 @@ WRITES = {
     "stability_priming": "generator/, checkpoints/",
     "adversarial_equilibrium": "generator/, checkpoints/",
     "evaluate": "report/",
-    "export": "model/",
+    "export": "model/, lora/",
 }
 """The folders of each stage's artifact."""
 OK, WARNING, UNCHECKED = "ok", "warning", "not checked"

@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.util import ActorPool
 
+from pose_core.evaluation import motion
 from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
@@ -25,9 +26,11 @@ from pose_core.runtime.teachers import teacher_folder
 from pose_core.settings import Settings
 from pose_core.training.state import Draws
 
+MOTION_CLIPS = 32
+"""Clips of each way to sample that motion is measured on: seconds each, where they are large."""
 
-@ray.remote
-class SamplingActor:
+
+class Sampler:
     """Holds the models of an evaluation; samples one batch of held-out rows at a time."""
 
     def __init__(self, settings: Settings, generators: dict[str, Store], null_text: np.ndarray):
@@ -70,6 +73,9 @@ class SamplingActor:
         for steps in evaluation.few_steps:
             latents[f"{steps}_steps"] = sample_generator(self.generators["one_step"], condition, noises[:steps])
         return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
+
+
+SamplingActor = ray.remote(Sampler)
 
 
 def sample_heldout(
@@ -123,9 +129,14 @@ def evaluate_generators(run: StageRun) -> None:
     score = scorer(settings.evaluation.judge, generated["prompt"], first_frames, reference)
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
+    rate = settings.data.frames_per_second
+    starts = list(real[:MOTION_CLIPS, 0]) if settings.model.task == "i2v" else [None] * MOTION_CLIPS
+    summary["motion"] = {
+        way: motion.summarise(motion.measure(video, rate, start) for video, start in zip(made, starts, strict=False))
+        for way, made in videos.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        rate = settings.data.frames_per_second
         write_report(report, summary, videos, generated["prompt"], settings.evaluation.sheet_clips, rate)
         run.artifact.upload_folder(report, "report")
         run.tracker.log_folder(report, "report")

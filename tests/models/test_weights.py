@@ -53,6 +53,12 @@ def test_split_weights_are_the_same(tiny_folder: Path, split: Path) -> None:
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
 
 
+def test_tensors_are_had_by_name_from_one_file_or_many(tiny_folder: Path, split: Path) -> None:
+    stored, whole, parts = load_file(tiny_folder / "transformer" / SINGLE_FILE), Weights(tiny_folder), Weights(split)
+    assert set(whole) == set(parts) == set(stored) and len(whole) == len(parts) == len(stored)
+    assert all(torch.equal(whole[name], value) and torch.equal(parts[name], value) for name, value in stored.items())
+
+
 def test_a_half_fetched_folder_is_refused(split: Path) -> None:
     (split / "transformer" / "second.safetensors").unlink()
     refused(split, "second.safetensors: ")
