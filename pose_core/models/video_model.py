@@ -71,6 +71,13 @@ class VideoModel(Protocol):
         """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
         ...
 
+    def share_tokens(self, mesh: Any) -> None:
+        """From now on split a clip's tokens over the ranks of ``mesh``'s dimension ``ulysses`` (context parallelism).
+
+        All of them are given the same clips and get the same outputs; each has its own tokens' part of a gradient.
+        """
+        ...
+
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of this model as a folder that stock diffusers loads."""
         ...

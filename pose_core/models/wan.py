@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from diffusers import ContextParallelConfig, ParallelConfig, WanTransformer3DModel
+from diffusers.hooks.context_parallel import EquipartitionSharder, apply_context_parallel
 from torch import Tensor, nn
 
 from pose_core.errors import CheckpointError
@@ -28,6 +29,7 @@ class Wan:
     def __init__(self, module: WanTransformer3DModel, image_tokens: int = 0):
         self.module: Any = module
         self.compute_dtype = torch.float32
+        self.sharing: Any = None
         for block in module.blocks:
             block.attn2.set_processor(PaddedTextAttention(image_tokens))
 
@@ -67,7 +69,19 @@ class Wan:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [outputs[index] for index in blocks]
+        if self.sharing is None:
+            return [outputs[index] for index in blocks]
+        return [EquipartitionSharder.unshard(outputs[index], 1, self.sharing) for index in blocks]
+
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``; the tokens and the attention heads must be multiples of the ranks."""
+        # As ``enable_parallelism`` of the stock model does, which asks for an accelerator.
+        config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
+        config.setup(mesh.get_rank(), mesh.size(), torch.device(mesh.device_type), mesh)
+        for block in self.blocks:
+            block.attn1.processor._parallel_config = ParallelConfig(context_parallel_config=config)
+        apply_context_parallel(self.module, config, self.module._cp_plan)
+        self.sharing = config._flattened_mesh
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of this model as a folder that stock diffusers loads."""

@@ -17,6 +17,7 @@ from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns, shard_networks
 from pose_core.training.loop import build_optimizers
+from pose_core.training.parallel import build_mesh
 from pose_core.training.plan import PHASES, count, plan_run
 
 
@@ -86,7 +87,7 @@ def test_the_plan_is_what_sharded_networks_really_hold(phase: str, tiny_folder: 
     networks = build_networks(phase, settings, tiny_folder, tiny_folder, torch.empty(0), device=torch.device("cpu"))
     models = [networks.generator.module, networks.teacher.module, *([networks.heads] if networks.heads else [])]
     assert plan.loading >= 4 * sum(map(count, [*models, networks.average.module]))
-    shard_networks(networks, settings)
+    shard_networks(networks, settings, build_mesh(settings.training, torch.device("cpu")))
     held = [parameter for model in models for parameter in model.parameters()]
     assert plan.workers[phase].weights == sum(map(local_bytes, held))
     assert plan.workers[phase].average == sum(map(local_bytes, networks.average.module.parameters()))
