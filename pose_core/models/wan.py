@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,8 +79,10 @@ class Wan:
         # As ``enable_parallelism`` of the stock model does, which asks for an accelerator.
         config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
         config.setup(mesh.get_rank(), mesh.size(), torch.device(mesh.device_type), mesh)
-        for block in self.blocks:
+        for block in self.module.blocks:
             block.attn1.processor._parallel_config = ParallelConfig(context_parallel_config=config)
+        # It warns that one time a clip, for all of its tokens, is not split.
+        logging.getLogger("diffusers.hooks.context_parallel").setLevel(logging.ERROR)
         apply_context_parallel(self.module, config, self.module._cp_plan)
         self.sharing = config._flattened_mesh
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,18 +27,28 @@ class Arguments:
     settings: Settings
     debug: bool
     dry_run: bool = False
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """What the script's own arguments say."""
 
 
-def run(main: Callable[[Arguments], None], description: str, *, dry_run: bool = False) -> None:
+def run(
+    main: Callable[[Arguments], None],
+    description: str,
+    *,
+    dry_run: bool = False,
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
     """Parse the command line, call ``main`` and turn errors into one line and an exit code.
 
-    ``dry_run`` says whether the script has that switch.
+    ``dry_run`` says whether the script has that switch; ``add_arguments`` adds those of the script alone.
     """
-    typed = _parser(description, dry_run).parse_intermixed_args()
+    parser = _parser(description, dry_run)
+    add_arguments(parser)
+    typed = parser.parse_intermixed_args()
     _quiet(typed.debug)
     try:
         settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
-        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False)))
+        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False), typed))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -75,6 +85,25 @@ def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:
             help="check settings, storage and cluster, print what every stage would hold, and stop",
         )
     return parser
+
+
+def counts(text: str) -> list[int]:
+    """An argparse type: whole numbers of at least 1, with commas between them."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers of at least 1, such as 8,16,32")
+    return [int(part) for part in parts]
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def project_version() -> str:

@@ -7,7 +7,9 @@ are sharded over all ranks of a replica, context groups included, so that none o
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ from torch.distributed import DeviceMesh
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pose_core.errors import ConfigError
 from pose_core.models.video_model import VideoModel
@@ -26,6 +29,18 @@ from pose_core.settings import TrainingSettings
 Nested = TypeVar("Nested")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def pretended(world: int) -> Iterator[None]:
+    """Inside, this process is the first of ``world`` ranks that exchange nothing: enough to see what one would hold."""
+    shows_errors = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = shows_errors  # which a group changes to name its rank
 
 
 def rank() -> int:

@@ -6,15 +6,17 @@ Every network is built on the meta device by the code that builds it for trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from pose_core.errors import ConfigError
 from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
+from pose_core.models.wan import read_config
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
 from pose_core.training.parallel import PRECISIONS
@@ -75,7 +77,7 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
         }
     data = settings.data
     clip = clip_shapes(teacher, frames=data.frames, height=data.height, width=data.width, text_tokens=data.text_tokens)
-    _check_fit(settings, clip, len(networks["priming"].generator.blocks))
+    check_fit(settings, clip, read_config(teacher, "transformer"))
     return Plan(
         clip,
         _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
@@ -89,14 +91,25 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_fit(settings: Settings, clip: ClipShapes, blocks: int) -> None:
+def check_fit(settings: Settings, clip: ClipShapes, transformer: Mapping[str, Any]) -> None:
+    """Whether settings fit a teacher whose clips have these shapes and whose transformer this config.
+
+    Raises:
+        ConfigError: they do not.
+    """
     teacher, found = settings.model.teacher, "t2v" if clip.image is None else "i2v"
     if settings.model.task != found:
         raise ConfigError(f"model.task={settings.model.task} does not fit {teacher}: set model.task={found}")
-    chosen = settings.equilibrium.feature_blocks
+    chosen, blocks = settings.equilibrium.feature_blocks, transformer["num_layers"]
     if max(chosen) >= blocks:
         raise ConfigError(
             f"equilibrium.feature_blocks={list(chosen)} does not fit {teacher}: name blocks from 0 to {blocks - 1}"
+        )
+    ranks, heads = settings.training.context_workers, transformer["num_attention_heads"]
+    if clip.tokens % ranks or heads % ranks:
+        raise ConfigError(
+            f"training.context_workers={ranks} does not fit {teacher}: it must divide the clip's {clip.tokens} tokens "
+            f"and the {heads} attention heads"
         )
 
 
