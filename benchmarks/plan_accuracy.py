@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,8 @@ def train(phase: str, settings: Settings, folder: Path) -> None:
 
 def peak_of_second_step(profiler: profile) -> int:
     """The most bytes allocated at once while the marked step ran, of all that were allocated since the start."""
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    events: Any = profiler.profiler
+    pending = list(events.kineto_results.experimental_event_tree())
     changes, window = [], (0, 0)
     while pending:
         event = pending.pop()

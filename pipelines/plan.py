@@ -7,7 +7,7 @@ neither weights nor GPUs are needed.
 import argparse
 
 from pose_core.runtime import cli
-from pose_core.runtime.planning import Rates, plan
+from pose_core.runtime.planning import Rates, longest_clip, plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         help_text = f"{meaning} (default: %(default)g)"
         parser.add_argument(f"--gpu-{name}", type=cli.positive, default=default, metavar="NUMBER", help=help_text)
+    parser.add_argument("--longest-clip", action="store_true", help="look for the most frames that fit instead")
     parser.add_argument("--no-suggestions", action="store_true", help="do not look for what makes a misfit fit")
 
 
@@ -37,6 +38,8 @@ def main(arguments: cli.Arguments) -> None:
         gigabytes=typed.gpu_gigabytes,
         price=typed.gpu_price,
     )
+    if typed.longest_clip:
+        return longest_clip(arguments.settings, rates)
     counts = typed.gpus or [arguments.settings.training.workers]
     plan(arguments.settings, counts, rates, suggest=not typed.no_suggestions)
 

@@ -149,6 +149,35 @@ def changes(settings: Settings) -> Iterator[dict[str, object]]:
         yield {"generator": "one_base"}
 
 
+def longest_clip(settings: Settings, rates: Rates) -> None:
+    """Print the most frames, at the height and width of the settings, with which every phase fits.
+
+    Raises:
+        ConfigError, CheckpointError: (correctable in the call) settings that do not fit the teacher or each other.
+    """
+    teacher = local_teacher(settings.model.teacher, settings.model.revision, weights=False)
+    factor = read_config(teacher, "vae").get("scale_factor_temporal", 4)
+
+    def peak(latents: int) -> float:
+        data = settings.data.model_copy(update={"frames": factor * (latents - 1) + 1})
+        longer = settings.model_copy(update={"data": data})
+        check(longer, teacher)
+        return max(simulate(phase, longer, teacher).peak_bytes for phase in steps_by_phase(longer))
+
+    limit, data = rates.memory * (1 - rates.reserve) * GIB, settings.data
+    # What a step holds grows evenly with the tokens: two points tell where the limit is, its neighbours decide.
+    few, many = peak(4), peak(12)
+    found = max(int(4 + (limit - few) / (many - few) * 8), 0)
+    while found and peak(found) > limit:
+        found -= 1
+    while found and peak(found + 1) <= limit:
+        found += 1
+    frames = factor * (found - 1) + 1
+    text = f"the longest clip of {data.height} x {data.width} has {frames} frames" if found else "no clip fits"
+    training = settings.training
+    print(f"{training.workers} GPUs of {rates.memory:g} GiB, training.generator={training.generator}: {text}")
+
+
 def _title(settings: Settings, teacher: Path) -> str:
     data, training = settings.data, settings.training
     return (

@@ -65,6 +65,8 @@ def build_networks(
     if kept != "none":
         for model in networks.models():  # all of them: a constant judge or score, too, has a graph from its input
             checkpoint_activations(model, keep_attention=kept == "selective")
+        if networks.heads is not None:
+            networks.heads.recompute = True
     if not meta:
         for module in networks.modules():
             module.to(device)
