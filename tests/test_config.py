@@ -120,7 +120,7 @@ def test_an_unknown_key_that_is_near_nothing_lists_what_there_is() -> None:
         ("priming.ema_decay=1", "less than 1"),
         ("training.workers=0", "greater than or equal to 1"),
         ("training.compile_blocks='maybe'", "boolean"),
-        ("training.activation_checkpointing=true", "'none', 'full' or 'selective'"),
+        ("training.activation_checkpointing='some'", "'none', 'full' or 'selective'"),
         ("data.text_tokens=513", "less than or equal to 512"),
         ("data.heldout_fraction=1", "less than 1"),
         ("run.name='Bad Name'", "^[a-z0-9]"),

@@ -44,9 +44,9 @@ class Segment:
 class Tracker(TorchDispatchMode):
     """While active, follows storages; ``segments`` holds the peaks since the last ``start``."""
 
-    def __init__(self, context_ranks: int = 1) -> None:
+    def __init__(self, ranks: int = 1, context_ranks: int = 1) -> None:
         super().__init__()
-        self.context_ranks = context_ranks
+        self.ranks, self.context_ranks = ranks, context_ranks
         self.now: Bytes = dict.fromkeys(ROLES, 0)
         self.total = self.peak = 0
         self.flops = self.sent = 0
@@ -172,7 +172,7 @@ class Tracker(TorchDispatchMode):
         elif packet is torch.ops.fsdp.split_with_sizes_copy:
             self.tag(kwargs["out"], "communication")
         elif packet is _c10d.allreduce_:
-            self.sent += sum(2 * each.nbytes for each in args[0])
+            self.sent += sum(2 * each.nbytes for each in args[0]) * (self.ranks - 1) // self.ranks
         elif packet is _functional.all_to_all_single:
             self.sent += args[0].nbytes * (self.context_ranks - 1) // self.context_ranks
         elif packet is _functional.all_gather_into_tensor:

@@ -1,6 +1,7 @@
-"""What the networks of a run weigh and what each training worker will hold, from configs alone.
+"""What the networks of a run weigh and what each training worker holds between two steps, from configs alone.
 
 Every network is built on the meta device by the code that builds it for training, so nothing here can drift from it.
+What a step makes on top, and so its peak, is for ``simulation.py`` to find, which takes longer.
 """
 
 from __future__ import annotations
@@ -19,20 +20,17 @@ from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
 from pose_core.models.wan import read_config
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
-from pose_core.training.parallel import PRECISIONS
 from pose_core.training.state import Networks
 
 PHASES = ("priming", "equilibrium")
 FLOAT32_BYTES = 4
 MOMENTS = 2
 """Numbers AdamW keeps for every parameter it trains."""
-GATHERED_BLOCKS = 2
-"""Blocks that FSDP holds whole at a time: the one at work and the next one, already on its way."""
 
 
 @dataclass(frozen=True)
 class WorkerBytes:
-    """What one training worker holds in a phase, in bytes; activations come on top."""
+    """What one training worker holds in a phase, in bytes; activations and gathered weights come on top."""
 
     weights: int
     """Its shard of generator, teacher, fake score and heads, in the precision each is kept in."""
@@ -40,9 +38,6 @@ class WorkerBytes:
     moments: int
     average: int
     """Its shard of the generator's running average, float32."""
-    gathered: int
-    """Whole weights of what is at work, in the precision of computation."""
-    batch: int
 
     @property
     def total(self) -> int:
@@ -81,7 +76,7 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
     return Plan(
         clip,
         _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
-        {phase: _worker(phase, settings, networks[phase], clip) for phase in PHASES},
+        {phase: _worker(phase, settings, networks[phase]) for phase in PHASES},
         max(_bytes(_everything(each), 1) for each in networks.values()),
     )
 
@@ -137,21 +132,18 @@ def _encoders(teacher: Path) -> dict[str, int]:
     return {name.replace("_", " "): count(module) for name, module in build_encoders(teacher).items()}
 
 
-def _worker(phase: str, settings: Settings, networks: Networks, clip: ClipShapes) -> WorkerBytes:
-    workers = settings.training.workers
+def _worker(phase: str, settings: Settings, networks: Networks) -> WorkerBytes:
+    workers = settings.training.workers // settings.training.replicas
     groups = networks.groups()
     trained = [p for turn in phase_turns(phase, settings) for group in turn.updates for p in groups[group].values()]
     average = {id(parameter) for parameter in networks.average.weights().values()}
     others = [parameter for parameter in _everything(networks) if id(parameter) not in average]
     gradients = FLOAT32_BYTES * _shard(trained, workers)
-    row = sum(map(math.prod, clip.trained_on))
     return WorkerBytes(
         weights=_bytes(others, workers),
         gradients=gradients,
         moments=MOMENTS * gradients,
         average=FLOAT32_BYTES * _shard(networks.average.weights().values(), workers),
-        gathered=_gathered(networks, PRECISIONS[settings.training.precision].itemsize),
-        batch=FLOAT32_BYTES * settings.training.batch_per_worker * row,
     )
 
 
@@ -163,13 +155,3 @@ def _shard(parameters: Iterable[nn.Parameter], workers: int) -> int:
 def _bytes(parameters: Iterable[nn.Parameter], workers: int) -> int:
     """What the first worker holds of ``parameters``, in the precision each is kept in."""
     return sum(_shard([parameter], workers) * parameter.element_size() for parameter in parameters)
-
-
-def _gathered(networks: Networks, item_bytes: int) -> int:
-    """Bytes of the largest network's unblocked rest and of its blocks in flight, and of the heads, kept in float32."""
-    sizes = []
-    for model in networks.models():
-        blocks = [count(block) for block in model.blocks]
-        sizes.append(count(model.module) - sum(blocks) + min(GATHERED_BLOCKS, len(blocks)) * max(blocks))
-    heads = 0 if networks.heads is None else count(networks.heads)
-    return item_bytes * max(sizes) + FLOAT32_BYTES * heads

@@ -102,7 +102,7 @@ def _simulate(phase: str, settings: Settings, teacher: Path) -> Step:
             networks.null_text = torch.zeros(1, *shapes.text)
         # The meshes hold real numbers: what reads them must not run among the fake.
         build.shard_networks(networks, settings, mesh)
-        tracker = Tracker(training.context_workers)
+        tracker = Tracker(training.workers, training.context_workers)
         with fake, tracker, _marked(tracker, networks):
             _run_step(phase, settings, networks, tracker, _batches(shapes.trained_on, training.batch_per_worker))
         return Step(tuple(tracker.segments), tracker.flops, tracker.sent)
