@@ -98,7 +98,7 @@ def test_more_ranks_hold_less_and_context_ranks_share_tokens(tiny_folder: Path, 
     assert one.sent == 0 < two.sent < shared.sent
     assert two.peak["optimiser"] == pytest.approx(one.peak["optimiser"] / 2, rel=0.05)
     assert replicas.peak["optimiser"] == one.peak["optimiser"]
-    assert shared.flops < 0.6 * two.flops
+    assert 0.5 * two.flops < shared.flops < 0.7 * two.flops  # all ranks embed the prompt
     assert most(shared, "activations") < 0.7 * most(two, "activations")
 
 
