@@ -87,7 +87,7 @@ def test_more_ranks_hold_less_and_context_ranks_share_tokens(tiny_folder: Path, 
     shutil.copytree(tiny_folder, folder)
     small.build_transformer(heads=2, layers=2).save_pretrained(folder / "transformer")
     one, two, shared, replicas = (
-        simulate("priming", settings(*each), folder)
+        simulate("priming", settings("data.frames=9", "data.height=32", "data.width=32", *each), folder)
         for each in (
             [],
             ["training.workers=2"],
