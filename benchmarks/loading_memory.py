@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from pose_core.models import families
 from pose_core.models.weights import Weights
+from pose_core.settings import TrainingSettings
 from pose_core.training import parallel
 
 RANKS = 2
@@ -87,7 +88,8 @@ def _rank(rank: int, folder: Path, found: Any) -> None:
     family = families.get("wan")
     before = peak_bytes()
     model = family.load_teacher(folder, meta=True)
-    parallel.shard_model(model, "float32")
+    training = TrainingSettings()
+    parallel.shard_model(model, training, parallel.build_mesh(training, torch.device("cpu")))
     peak = peak_bytes()
     found.put({"before": before, "peak": peak, "differing": count_differing(model.module, folder)})
     dist.destroy_process_group()

@@ -108,15 +108,26 @@ class TrainingSettings(Section):
     """Rank of the generator's LoRA."""
 
     workers: PositiveInt = 2
+    """FSDP2 ranks. They share one copy of the weights, unless the two below say otherwise."""
+    replicas: PositiveInt = 1
+    """Hybrid sharding: groups of workers that hold a whole copy of the weights each, e.g. one a machine."""
+    context_workers: PositiveInt = 1
+    """Context parallelism, for long clips: workers that share the tokens of one clip (Ulysses)."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """What a worker asks Ray for; the data tasks need the rest."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     threads_per_worker: NonNegativeInt = 1
     """Threads torch may use on the CPU (0 leaves torch's own choice)."""
     batch_per_worker: PositiveInt = 8
+    """Clips a step; workers that share a clip's tokens share them too."""
+    accumulation: PositiveInt = 1
+    """Parts that a worker's clips are taken in, one after the other, before the optimiser moves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of computation and of gathered parameters; master weights and reductions stay float32."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, whole blocks, or all of them but attention."""
+    compile_blocks: bool = False
+    """Compile each transformer block; the first steps then take minutes."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm of a turn."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -126,6 +137,19 @@ class TrainingSettings(Section):
     """How often a phase restarts from its last checkpoint after a worker died."""
     sample_every_steps: PositiveInt = 25
     sample_clips: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainingSettings:
+        if self.workers % (self.replicas * self.context_workers):
+            raise ValueError(
+                f"workers={self.workers} must be a multiple of replicas={self.replicas} times "
+                f"context_workers={self.context_workers}"
+            )
+        if self.batch_per_worker % self.accumulation:
+            raise ValueError(
+                f"batch_per_worker={self.batch_per_worker} must be a multiple of accumulation={self.accumulation}"
+            )
+        return self
 
 
 class RenoisedSection(Section):

@@ -35,7 +35,7 @@ MODELS = ("pose_core/models/", "pose_core/inference/")
 STORAGE = ("pose_core/runtime/storage.py", "pose_core/runtime/storage_errors.py")
 AT_HOME = {
     "ray": ("pose_core/runtime/",),
-    "torch.distributed": ("pose_core/training/parallel.py", "pose_core/training/checkpoint.py"),
+    "torch.distributed": tuple(f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "memory")),
     "mlflow": ("pose_core/runtime/tracking.py",),
     "boto3": STORAGE,
     "botocore": STORAGE,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pose_core.errors import CheckpointError
+from pose_core.errors import CheckpointError, ConfigError
 from pose_core.models.folders import read_config
 from pose_core.models.video_model import Condition, StockModel
 from pose_core.models.weights import Weights
@@ -75,6 +75,13 @@ class Adapter:
             for hook in hooks:
                 hook.remove()
         return [outputs[index] for index in blocks]
+
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``."""
+        raise ConfigError(
+            f"training.context_workers is for Wan models: {type(self.module).__name__} cannot share a clip's tokens, "
+            "set training.context_workers=1"
+        )
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of this model as a folder that stock diffusers loads."""

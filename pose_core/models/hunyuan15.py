@@ -121,6 +121,7 @@ class Hunyuan15Family:
     """HunyuanVideo 1.5, text or image to video; mean-flow checkpoints, already distilled, are not teachers."""
 
     name = "hunyuan15"
+    shares_tokens = False
     pipelines = {"i2v": "HunyuanVideo15ImageToVideoPipeline", "t2v": "HunyuanVideo15Pipeline"}
 
     def tasks(self, folder: Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from pose_core.errors import CheckpointError
-from pose_core.models.video_model import Condition, StockModel, VideoModel
+from pose_core.models.video_model import Condition, StockModel
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "ff.net.0.proj", "ff.net.2"]
 """Attention and feed-forward projections of the diffusers transformer blocks, whichever of them there are."""
@@ -68,6 +74,10 @@ class Role:
         """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
         with switched_to(self.module, self.adapter):
             return self.base.features(x_t, t, condition, blocks)
+
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``."""
+        self.base.share_tokens(mesh)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of the module as a folder that stock diffusers loads, this role's adapter merged in.
@@ -155,8 +165,12 @@ def switched_to(module: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def checkpoint_activations(model: VideoModel) -> None:
-    """Recompute block activations in the backward pass, through the adapter that the forward pass went through."""
+def checkpoint_activations(model: StockModel, *, keep_attention: bool = False) -> None:
+    """Recompute block activations in the backward pass, through the adapter that the forward pass went through.
+
+    ``keep_attention`` keeps what attention gave, which costs most to compute again for its bytes.
+    """
+    context = partial(create_selective_checkpoint_contexts, _keep_attention) if keep_attention else noop_context_fn
 
     def run(block: nn.Module, *inputs: Any) -> Any:
         layer = next((layer for layer in block.modules() if isinstance(layer, BaseTunerLayer)), None)
@@ -166,9 +180,15 @@ def checkpoint_activations(model: VideoModel) -> None:
             with switched_to(block, adapter):
                 return block(*again)
 
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context)
 
-    model.module.enable_gradient_checkpointing(run)
+    for root in model.roots:
+        root.enable_gradient_checkpointing(run)
+
+
+def _keep_attention(_context: Any, operation: Any, *_inputs: Any, **_options: Any) -> CheckpointPolicy:
+    attention = str(operation).startswith("aten._scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def merge(weights: dict[str, Tensor], adapter: str | None) -> dict[str, Tensor]:

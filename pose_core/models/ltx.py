@@ -111,6 +111,7 @@ class LTXFamily:
     """LTX-Video, 2B and 13B."""
 
     name = "ltx"
+    shares_tokens = False
     pipelines = {"i2v": "LTXImageToVideoPipeline", "t2v": "LTXPipeline"}
 
     def tasks(self, folder: Path) -> tuple[str, ...]:

@@ -73,6 +73,13 @@ class VideoModel(Protocol):
         """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""
         ...
 
+    def share_tokens(self, mesh: Any) -> None:
+        """From now on split a clip's tokens over the ranks of ``mesh``'s dimension ``ulysses`` (context parallelism).
+
+        All of them are given the same clips and get the same outputs; each has its own tokens' part of a gradient.
+        """
+        ...
+
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of this model as a folder that stock diffusers loads."""
         ...
@@ -177,6 +184,8 @@ class Family(Protocol):
     """What ``model.family`` calls it."""
     pipelines: Mapping[str, str]
     """The stock pipeline that loads an exported folder, by task."""
+    shares_tokens: bool
+    """Whether ``StockModel.share_tokens`` works: ranks can split the tokens of one clip."""
 
     def tasks(self, folder: Path) -> tuple[str, ...]:
         """``i2v``, ``t2v`` or both: what the model in the folder can be conditioned on."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from diffusers import ContextParallelConfig, ParallelConfig, WanTransformer3DModel
+from diffusers.hooks.context_parallel import EquipartitionSharder, apply_context_parallel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
@@ -27,6 +30,7 @@ class Wan(Adapter):
 
     def __init__(self, module: WanTransformer3DModel, image_tokens: int = 0, weights: Weights | None = None):
         super().__init__(module, weights)
+        self.sharing: Any = None
         for block in module.blocks:
             block.attn2.set_processor(PaddedTextAttention(image_tokens))
 
@@ -48,6 +52,25 @@ class Wan(Adapter):
             encoder_hidden_states_image=None if image is None else image.to(self.compute_dtype),
             return_dict=False,
         )[0]
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
+        """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for; no later one runs."""
+        outputs = super().features(x_t, t, condition, blocks)
+        if self.sharing is None:
+            return outputs
+        return [EquipartitionSharder.unshard(output, 1, self.sharing) for output in outputs]
+
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``; the tokens and the attention heads must be multiples of the ranks."""
+        # As ``enable_parallelism`` of the stock model does, which asks for an accelerator.
+        config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
+        config.setup(mesh.get_rank(), mesh.size(), torch.device(mesh.device_type), mesh)
+        for block in self.module.blocks:
+            block.attn1.processor._parallel_config = ParallelConfig(context_parallel_config=config)
+        # It warns that one time a clip, for all of its tokens, is not split.
+        logging.getLogger("diffusers.hooks.context_parallel").setLevel(logging.ERROR)
+        apply_context_parallel(self.module, config, self.module._cp_plan)
+        self.sharing = config._flattened_mesh
 
 
 class PaddedTextAttention:
@@ -139,6 +162,7 @@ class WanFamily:
     """Wan 2.1: one transformer; image to video by CLIP embeddings beside the latents of the first frame."""
 
     name = "wan"
+    shares_tokens = True
     pipelines = {"i2v": "WanImageToVideoPipeline", "t2v": "WanPipeline"}
     model = Wan
 

@@ -85,6 +85,11 @@ class Experts(Adapter):
 
         return self._by_owner(t, evaluate)
 
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``."""
+        for expert in (self.high, self.low):
+            expert.share_tokens(mesh)
+
     def _by_owner(self, t: Tensor, evaluate: Evaluate) -> list[Tensor]:
         """Every clip by the expert that owns its time; an expert that any rank needs runs on all of them.
 
@@ -96,7 +101,8 @@ class Experts(Adapter):
         for expert, owned in ((self.high, noisy), (self.low, ~noisy)):
             if not self.any_rank(owned.any()):
                 continue
-            rows = owned.nonzero().squeeze(1)
+            # In their order; unlike ``nonzero`` this also runs on tensors that hold no numbers, for a plan.
+            rows = torch.argsort(~owned, stable=True)[: int(owned.sum())]
             idle = rows.numel() == 0
             found = evaluate(expert, rows.new_zeros(1) if idle else rows)
             outputs = outputs or [each.new_zeros(len(t), *each.shape[1:]) for each in found]

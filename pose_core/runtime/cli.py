@@ -96,6 +96,25 @@ def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def counts(text: str) -> list[int]:
+    """An argparse type: whole numbers of at least 1, with commas between them."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers of at least 1, such as 8,16,32")
+    return [int(part) for part in parts]
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def project_version() -> str:
     """The installed version, or ``unknown`` for a checkout that was never installed."""
     try:

@@ -212,11 +212,10 @@ def _workers(settings: Settings, plan: Plan) -> Table:
         "gradients": [each.gradients for each in phases],
         "AdamW's two moments": [each.moments for each in phases],
         "running average": [each.average for each in phases],
-        f"gathered blocks, {settings.training.precision}": [each.gathered for each in phases],
-        f"batch of {settings.training.batch_per_worker}": [each.batch for each in phases],
     }.items():
         table.add_row(name, *map(_size, values))
-    table.add_row("[bold]total, activations not included[/]", *(f"[bold]{_size(each.total)}[/]" for each in phases))
+    table.add_row("[bold]total between two steps[/]", *(f"[bold]{_size(each.total)}[/]" for each in phases))
+    table.add_row("what a step makes on top", *["see pipelines/plan.py"] * len(phases))
     return table
 
 

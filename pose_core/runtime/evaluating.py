@@ -57,7 +57,7 @@ class Sampler:
         """Videos ``[B, T, H, W, 3]`` uint8 of batch ``index`` by how they were made, all from the same noise."""
         columns = {name: torch.tensor(rows[name], device=self.device) for name in TRAINED_ON if name in rows}
         condition = Condition.of(columns)
-        draws = Draws(self.settings.run.seed, index, "evaluation", 0, 1, self.device)
+        draws = Draws(self.settings.run.seed, index, "evaluation", 0, self.device)
         noises = [draws.normal(columns["latents"]) for _ in range(max((1, *self.settings.evaluation.few_steps)))]
         noise = noises[0]
         evaluation, shift = self.settings.evaluation, self.settings.model.timestep_shift

@@ -71,6 +71,7 @@ _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
     "data": frozenset({"encoder_actors", "encoder_batch_clips", "encoder_cpus", "encoder_gpus"}),
     "training": frozenset(
         {"cpus_per_worker", "gpus_per_worker", "threads_per_worker", "activation_checkpointing", "max_failures"}
+        | {"compile_blocks", "accumulation"}
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),

@@ -39,7 +39,7 @@ class Validation:
         self.rows = job.prepared.heldout("validation", max(self.pictured, self.monitored))
         columns = {name: torch.tensor(self.rows[name], device=device) for name in TRAINED_ON if name in self.rows}
         self.condition = Condition.of(columns)
-        draws = Draws(settings.run.seed, 0, "validation", 0, 1, device)
+        draws = Draws(settings.run.seed, 0, "validation", 0, device)
         self.noises = [draws.normal(columns["latents"][:clips]) for clips in (None, self.monitored)]
         self.codec: Codec | None = None
         if parallel.rank() == 0:

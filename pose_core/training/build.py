@@ -15,6 +15,7 @@ from pose_core.models.lora import ADAPTER_FILE, Role, add_adapter, checkpoint_ac
 from pose_core.models.video_model import StockModel, VideoModel
 from pose_core.settings import Settings
 from pose_core.training import parallel
+from pose_core.training.parallel import Mesh
 from pose_core.training.rival_turns import apt_turns, dmd2_turns, ladd_turns, lcm_turns
 from pose_core.training.state import Networks
 from pose_core.training.turns import Turn, equilibrium_turns, priming_turns
@@ -61,9 +62,12 @@ def build_networks(
     if networks.teacher.module is not networks.generator.module:
         for parameter in networks.teacher.weights().values():
             parameter.requires_grad_(False)
-    if settings.training.activation_checkpointing:
-        for role in filter(None, (networks.generator, networks.discriminator)):
-            checkpoint_activations(role.base)
+    kept = settings.training.activation_checkpointing
+    if kept != "none":
+        for model in networks.models():  # all of them: a constant judge or score, too, has a graph from its input
+            checkpoint_activations(model, keep_attention=kept == "selective")
+        if networks.heads is not None:
+            networks.heads.recompute = True
     for module in networks.modules() if not meta else filter(None, [networks.heads]):
         module.to(device)
     return networks
@@ -99,16 +103,17 @@ def _adapter(base: StockModel, name: str, rank: int, settings: Settings) -> Role
         return add_adapter(base, name, rank)
 
 
-def shard_networks(networks: Networks, settings: Settings) -> None:
-    """Apply FSDP2 to every network in place; of weights that are unread, each rank reads its own shard.
+def shard_networks(networks: Networks, settings: Settings, mesh: Mesh) -> None:
+    """Apply FSDP2, and what else the settings ask for, to every network; of unread weights a rank reads its own shard.
 
     Raises:
         CheckpointError: unread weights are missing, damaged or of another model (correctable in the call).
     """
     for model in networks.models():
-        parallel.shard_model(model, settings.training.precision)
+        parallel.shard_model(model, settings.training, mesh)
     if networks.heads is not None:
-        parallel.shard_heads(networks.heads)
+        parallel.shard_heads(networks.heads, mesh)
+    networks.mesh = mesh
 
 
 @contextmanager

@@ -232,7 +232,7 @@ class FamilyContract:
             for name, value in model.module.state_dict().items()
         }
         model.save(tmp_path / "generator", weights)
-        export_folder(folder, tmp_path / "generator", tmp_path / "model", "card", self.task)
+        export_folder(folder, tmp_path / "generator", tmp_path / "model", self.task)
         check_parts(tmp_path / "model", weights=True)
         sampler = OneStepSampler.load(tmp_path / "model", TOKENS)
         ours = sampler([PROMPT], first_frame[None] if self.task == "i2v" else None, [noise])[0]

@@ -147,7 +147,7 @@ def test_a_preset_needs_no_weights_no_gpus_and_no_network(name: str, capsys: pyt
     assert re.search(r"storage +warning +s3://YOUR-BUCKET/pose is a placeholder", text)
     assert re.search(r"raw data +warning +s3://YOUR-BUCKET/raw is a placeholder", text)
     assert "no cluster named" in text and f"each of {said.workers} workers holds" in text
-    assert "activations not included" in text
+    assert "see pipelines/plan.py" in text
     lines = text.splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 100
 
@@ -156,7 +156,7 @@ def test_the_14b_preset_prints_published_sizes(capsys: pytest.CaptureFixture[str
     text = printed(preset("wan21_i2v_14b"), capsys)
     assert re.search(r"generator +16,394,878,784 +61\.08 GiB", text)
     assert re.search(r"text encoder +5,680,910,336 +21\.16 GiB", text)
-    assert re.search(r"total, activations not included +13\.\d\d GiB +13\.\d\d GiB", text)
+    assert re.search(r"total between two steps +11\.\d\d GiB +11\.\d\d GiB", text)
 
 
 def test_a_small_run_checks_what_this_machine_has(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,8 @@ CASES = [
     *((*case, "one_base", "bfloat16") for case in MAKE if case[1] == "i2v"),
 ]
 """Family, task, what of the generator learns, precision."""
+SHARING = [case for case in CASES if case[0] in ("wan22_ti2v", "wan22_a14b") and case[1:3] == ("i2v", "full")]
+"""Those of Wan's families whose networks are called in another way than Wan 2.1's."""
 NAMES = {case: "-".join(case) for case in CASES}
 
 
@@ -45,12 +47,20 @@ def work(_rank: int, folders: Path, _out: Path) -> dict[str, Any]:
     return {NAMES[case]: train(case, folders / "-".join(case[:2]), sharded=True) for case in CASES}
 
 
-def train(case: tuple[str, ...], folder: Path, *, sharded: bool) -> dict[str, Any]:
+def share(_rank: int, folders: Path, _out: Path) -> dict[str, Any]:
+    """Every case of ``SHARING`` by its name, on ranks that share the tokens of a clip."""
+    own = ("training.workers=2", "training.context_workers=2")
+    return {NAMES[case]: train(case, folders / "-".join(case[:2]), *own, sharded=True) for case in SHARING}
+
+
+def train(case: tuple[str, ...], folder: Path, *overrides: str, sharded: bool) -> dict[str, Any]:
     """Both phases for two steps: their curves, what was read wrongly, and which networks moved."""
-    return {phase: _phase(phase, case, folder, sharded) for phase in PHASES}
+    return {phase: _phase(phase, case, folder, sharded, overrides) for phase in PHASES}
 
 
-def _phase(phase: str, case: tuple[str, ...], folder: Path, sharded: bool) -> dict[str, Any]:
+def _phase(
+    phase: str, case: tuple[str, ...], folder: Path, sharded: bool, overrides: tuple[str, ...]
+) -> dict[str, Any]:
     family, task, mode, precision = case
     settings = config.load(
         "",
@@ -58,7 +68,8 @@ def _phase(phase: str, case: tuple[str, ...], folder: Path, sharded: bool) -> di
             *(f"model.family={family}", f"model.task={task}", f"training.generator={mode}"),
             *(f"training.precision={precision}", "training.lora_rank=2", "priming.fake_lora_rank=2"),
             *("equilibrium.feature_blocks=[0, 1]", "equilibrium.head_width=16", "equilibrium.semantic_queries=2"),
-            "equilibrium.r1_every_clips=2",
+            f"training.activation_checkpointing={'full' if mode == 'one_base' else 'none'}",
+            *("equilibrium.r1_every_clips=2", *overrides),
         ],
     )
     shapes = clip_shapes(folder, task=task, frames=9, height=32, width=32, text_tokens=TOKENS)
@@ -67,7 +78,8 @@ def _phase(phase: str, case: tuple[str, ...], folder: Path, sharded: bool) -> di
         phase, settings, folder, folder, null_text, device=torch.device("cpu"), meta=sharded
     )
     if sharded:
-        build.shard_networks(networks, settings)
+        mesh = parallel.build_mesh(settings.training, torch.device("cpu"))
+        build.shard_networks(networks, settings, mesh)
     found: dict[str, Any] = {"wrong": _wrong(networks, folder)}
     before = _copies(networks)
     found["curves"] = _train(phase, settings, networks, shapes)
@@ -89,7 +101,7 @@ def _train(phase: str, settings: Any, networks: Networks, shapes: ClipShapes) ->
         networks,
         loop.build_optimizers(networks, turns, weight_decay=0.0),
         turns,
-        _batches(shapes),
+        _batches(shapes, networks),
         first_step=0,
         steps=STEPS,
         seed=0,
@@ -101,10 +113,11 @@ def _train(phase: str, settings: Any, networks: Networks, shapes: ClipShapes) ->
     return curves
 
 
-def _batches(shapes: ClipShapes) -> Iterator[Batch]:
+def _batches(shapes: ClipShapes, networks: Networks) -> Iterator[Batch]:
     """This rank's rows of clips whose shapes are the family's."""
-    mine = GLOBAL_CLIPS // parallel.ranks()
-    rows = slice(parallel.rank() * mine, (parallel.rank() + 1) * mine)
+    rank, ranks = (0, 1) if networks.mesh is None else (networks.mesh.data_rank, networks.mesh.data_ranks)
+    mine = GLOBAL_CLIPS // ranks
+    rows = slice(rank * mine, (rank + 1) * mine)
     for step in range(STEPS):
         drawn = [
             None if shape is None else _draw(10 * step + index, GLOBAL_CLIPS, shape)[rows]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from family_ranks import CASES, MAKE, NAMES, PHASES, STEPS, train, work
+from family_ranks import CASES, MAKE, NAMES, PHASES, SHARING, STEPS, share, train, work
 from spawned import run_ranks
 
 EVERY_CASE = pytest.mark.parametrize("name", NAMES.values())
@@ -56,3 +57,19 @@ def test_the_first_losses_are_those_of_one_process(
     for phase, curve in (("priming", "fake/loss"), ("equilibrium", "discriminator/loss")):
         two, one = (found[phase]["curves"][0][curve] for found in (ranks[0][NAMES[case]], alone))
         assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_ranks_that_share_a_clips_tokens_report_the_losses_of_one_process(tmp_path: Path) -> None:
+    for case in SHARING:
+        MAKE[case[:2]](tmp_path / "-".join(case[:2]))
+        for file in tmp_path.glob("*/transformer*/config.json"):  # the same weights as two heads, one for each rank
+            config = json.loads(file.read_text()) | {"num_attention_heads": 2, "attention_head_dim": 16}
+            file.write_text(json.dumps(config))
+    first, second = run_ranks(share, tmp_path, tmp_path)
+    assert first == second
+    for case in SHARING:
+        alone = train(case, tmp_path / "-".join(case[:2]), sharded=False)
+        for phase in PHASES:
+            curves = [found[phase]["curves"][0] for found in (first[NAMES[case]], alone)]
+            for curve in (curve for curve in curves[1] if curve.endswith("/loss")):
+                assert curves[0][curve] == pytest.approx(curves[1][curve], rel=1e-4), (case, phase, curve)
