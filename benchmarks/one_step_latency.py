@@ -51,7 +51,7 @@ class Clip:
 
     @property
     def codec(self) -> WanCodec:
-        return self.sampler.codec
+        return wan_codec(self.sampler)
 
     def encode(self) -> Condition:
         """Prompt and first frame to the condition."""
@@ -171,9 +171,20 @@ def prepare(arguments: argparse.Namespace, option: str, sampler: OneStepSampler)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("data.", "--"), in_call=True) from None
     picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-    first_frames = picture if sampler.codec.has_image else None
+    first_frames = picture if wan_codec(sampler).has_image else None
     condition = sampler.codec.encode_condition([PROMPT], first_frames, frames)
     return Clip(sampler, first_frames, frames, noise, condition)
+
+
+def wan_codec(sampler: OneStepSampler) -> WanCodec:
+    """The sampler's codec, whose parts are timed one by one.
+
+    Raises:
+        CheckpointError: the folder is of another family (correctable in the call).
+    """
+    if not isinstance(sampler.codec, WanCodec):
+        raise CheckpointError(f"{sampler.folder} is of another family: the parts of Wan models are timed", in_call=True)
+    return sampler.codec
 
 
 def measure(teacher: Clip, generator: Clip, steps: int = STEPS) -> dict[str, float]:

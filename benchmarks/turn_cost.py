@@ -117,7 +117,7 @@ def measure(networks: Networks, turn: Turn, batch: Batch, repeats: int) -> list[
     """The turn's time over that of the plain passes before and after it, once a repeat; the first is a warm-up."""
 
     def draws() -> Draws:
-        return Draws(0, 0, turn.name, 0, 1, torch.device("cpu"))
+        return Draws(0, 0, turn.name, 0, torch.device("cpu"))
 
     def plain() -> Tensor:
         drawn = draws()

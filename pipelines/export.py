@@ -1,4 +1,4 @@
-"""Stage 5, export: the folder that stock diffusers loads, registered in MLflow."""
+"""Stage 5, export: the folder that stock diffusers loads, registered in MLflow, and LoRA files, with model cards."""
 
 from pose_core.runtime import cli
 from pose_core.runtime.exporting import export_generator

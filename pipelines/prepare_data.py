@@ -1,6 +1,5 @@
 """Stage 1, prepare data: raw clips in object storage become training shards (latents, text and image embeddings)."""
 
-from pose_core.models.folders import local_teacher
 from pose_core.runtime import cli, preparing
 from pose_core.runtime.session import open_session
 from pose_core.runtime.stage import stage_run
@@ -8,9 +7,8 @@ from pose_core.runtime.stage import stage_run
 
 def main(arguments: cli.Arguments) -> None:
     with open_session(arguments.settings) as session, stage_run("prepare_data", session.settings) as run:
-        teacher = local_teacher(run.settings.model.teacher, run.settings.model.revision)
         raw = preparing.raw_shards(run)
-        preparing.prepare_shards(run, raw, teacher)
+        preparing.prepare_shards(run, raw)
 
 
 if __name__ == "__main__":

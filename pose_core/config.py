@@ -72,6 +72,8 @@ def _explain(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if message.startswith("must be below"):
         return f"{key}.renoise_time_min is out of range: {message}"
+    if isinstance(error["input"], dict):  # of settings that do not fit each other
+        return f"{key}.{message}"
     return f"{key}={_short(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
 
 

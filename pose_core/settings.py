@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from pose_core.result_settings import AlarmSettings, EvaluationSettings, ExportSettings, VbenchSettings
+from pose_core.section import Fraction, LearningRate, NonNegativeInt, PositiveInt, Section
 
 
 class RunSettings(Section):
@@ -51,12 +43,14 @@ class TrackingSettings(Section):
 class ModelSettings(Section):
     """The pretrained model to distil."""
 
-    family: Literal["wan"] = "wan"
+    family: Literal["wan", "wan22_ti2v", "wan22_a14b", "ltx", "hunyuan15"] = "wan"
+    """Family of the teacher: a file of ``pose_core/models``; see ``docs/families.md``."""
     task: Literal["i2v", "t2v"] = "i2v"
     teacher: Annotated[str, Field(min_length=1)] = "teachers/digits_i2v"
-    """A diffusers folder (relative to the config file or the working folder) or a hub name."""
+    """A diffusers folder (relative to the config file or the working folder), one in a bucket (``s3://bucket/folder``),
+    or a hub name. Its weights must be safetensors."""
     revision: str | None = None
-    """Pinned revision of a hub name."""
+    """Commit that a hub name is pinned to; without it the newest is taken."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Shift of the teacher's sampling times (Wan 2.1 at 480P: 3)."""
 
@@ -114,15 +108,26 @@ class TrainingSettings(Section):
     """Rank of the generator's LoRA."""
 
     workers: PositiveInt = 2
+    """FSDP2 ranks. They share one copy of the weights, unless the two below say otherwise."""
+    replicas: PositiveInt = 1
+    """Hybrid sharding: groups of workers that hold a whole copy of the weights each, e.g. one a machine."""
+    context_workers: PositiveInt = 1
+    """Context parallelism, for long clips: workers that share the tokens of one clip (Ulysses)."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """What a worker asks Ray for; the data tasks need the rest."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     threads_per_worker: NonNegativeInt = 1
     """Threads torch may use on the CPU (0 leaves torch's own choice)."""
     batch_per_worker: PositiveInt = 8
+    """Clips a step; workers that share a clip's tokens share them too."""
+    accumulation: PositiveInt = 1
+    """Parts that a worker's clips are taken in, one after the other, before the optimiser moves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of computation and of gathered parameters; master weights and reductions stay float32."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, whole blocks, or all of them but attention."""
+    compile_blocks: bool = False
+    """Compile each transformer block; the first steps then take minutes."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm of a turn."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -132,6 +137,19 @@ class TrainingSettings(Section):
     """How often a phase restarts from its last checkpoint after a worker died."""
     sample_every_steps: PositiveInt = 25
     sample_clips: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainingSettings:
+        if self.workers % (self.replicas * self.context_workers):
+            raise ValueError(
+                f"workers={self.workers} must be a multiple of replicas={self.replicas} times "
+                f"context_workers={self.context_workers}"
+            )
+        if self.batch_per_worker % self.accumulation:
+            raise ValueError(
+                f"batch_per_worker={self.batch_per_worker} must be a multiple of accumulation={self.accumulation}"
+            )
+        return self
 
 
 class RenoisedSection(Section):
@@ -218,48 +236,6 @@ class RivalsSettings(RenoisedSection):
     """APT's approximated R1 penalty: its weight, and the noise that real clips are moved by."""
 
 
-class EvaluationSettings(Section):
-    """The report: the one-step generator against its teacher."""
-
-    clips: PositiveInt = 96
-    """Held-out clips that are generated; as many others, where there are any, are the reference of the figures."""
-    batch_clips: PositiveInt = 16
-    teacher_steps: PositiveInt = 50
-    few_steps: tuple[Annotated[int, Field(ge=2)], ...] = (4,)
-    """Numbers of steps, besides one, that the generator is sampled in too."""
-    guidance: Annotated[float, Field(ge=0)] = 2.0
-    workers: PositiveInt = 2
-    judge: str = "teachers/digits_judge"
-    """Folder of the small classifier behind SA, TC and FQ; empty leaves those three out."""
-    sheet_clips: PositiveInt = 6
-
-
-class ExportSettings(Section):
-    """The folder stock diffusers loads."""
-
-    registered_model: Annotated[str, Field(min_length=1)] = "pose-digits-i2v"
-    alias: Annotated[str, Field(min_length=1)] = "one-step"
-
-
-class AlarmSettings(Section):
-    """What is watched while a phase trains, and when it ends the phase.
-
-    Motion, diversity and fidelity to the first frame are measured on fixed held-out clips and noise. A figure that has
-    once reached ``lowest_share`` of the teacher's and then falls below it has collapsed.
-    """
-
-    every_steps: NonNegativeInt = 25
-    """Steps between two measurements; each checkpoint is preceded by one. 0 = never."""
-    clips: PositiveInt = 4
-    lowest_share: Fraction = 0.3
-    """Share of the teacher's value below which a figure has collapsed. A healthy generator has about half of the
-    teacher's diversity (measured on the digits: 0.5 in both phases; motion 0.87, fidelity 0.65)."""
-    stop_early: bool = False
-    """End the phase at a collapse; its result is then the last checkpoint before it."""
-    non_finite_steps: PositiveInt = 3
-    """Updates in a row that one turn may skip, for a loss or gradient that is not finite, before the run stops."""
-
-
 class Settings(Section):
     """All settings of one run."""
 
@@ -275,4 +251,5 @@ class Settings(Section):
     rivals: RivalsSettings = RivalsSettings()
     alarms: AlarmSettings = AlarmSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    vbench: VbenchSettings = VbenchSettings()
     export: ExportSettings = ExportSettings()

@@ -12,13 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
-LEAVES = {"config", "errors", "settings"}
+LEAVES = {"config", "errors", "settings", "result_settings"}
 BOTTOM = {"method", "rivals", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": {"errors", "settings"},
-    "settings": set[str](),
+    "section": set[str](),
+    "result_settings": {"section"},
+    "settings": {"section", "result_settings"},
     "method": {"method"},
     "rivals": {"rivals", "method"},
     "models": {"models", "errors"},
@@ -33,7 +35,7 @@ MODELS = ("pose_core/models/", "pose_core/inference/")
 STORAGE = ("pose_core/runtime/storage.py", "pose_core/runtime/storage_errors.py")
 AT_HOME = {
     "ray": ("pose_core/runtime/",),
-    "torch.distributed": ("pose_core/training/parallel.py", "pose_core/training/checkpoint.py"),
+    "torch.distributed": tuple(f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "memory")),
     "mlflow": ("pose_core/runtime/tracking.py",),
     "boto3": STORAGE,
     "botocore": STORAGE,

@@ -88,12 +88,19 @@ def encode_mp4(frames: np.ndarray, frames_per_second: float, *, quality: int = 1
 
 
 def decode(
-    mp4: bytes, rules: ClipRules | None = None, *, max_frames: int = MAX_FRAMES, max_pixels: int = MAX_PIXELS
+    mp4: bytes,
+    rules: ClipRules | None = None,
+    *,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
+    file_format: str = "mp4",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode a video: frames, uint8 ``[T, H, W, 3]`` (RGB, upright), and their times, float64 ``[T]`` in seconds.
 
     With ``rules``, frames are brought to the clip's size as they are read and reading stops after the last one needed,
     so that a long 4K video costs no more memory than its clip. Sizes are refused before frames are allocated.
+
+    ``file_format`` is what FFmpeg calls the container.
 
     Raises:
         DataError: ``decode: ...`` or ``filter: ...`` with the reason.
@@ -103,7 +110,7 @@ def decode(
     try:
         # The format is named, so that a playlist in the guise of an mp4 cannot make the library open other files.
         options = {"max_pixels": str(max_pixels)}
-        with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace", options=options) as container:
+        with av.open(io.BytesIO(mp4), "r", format=file_format, metadata_errors="replace", options=options) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
                 raise DataError("decode: no video stream")

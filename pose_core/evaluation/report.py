@@ -29,10 +29,11 @@ def summarise(figures: dict[str, dict[str, float]], run: dict[str, Any]) -> dict
 def write_report(
     folder: Path, summary: dict[str, Any], videos: Videos, prompts: list[str], clips: int, frames_per_second: float
 ) -> None:
-    """Write ``summary.json``, ``contact_sheet.png``, ``comparison.mp4`` and ``figures.md`` below ``folder``."""
+    """Write ``summary.json``, ``figures.md``, ``motion.md``, ``contact_sheet.png`` and ``comparison.mp4``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "figures.md").write_text(figures_table(summary["figures"]))
+    (folder / "motion.md").write_text(figures_table(summary["motion"]))
     shown = {label: list(made[:clips]) for label, made in videos.items()}
     labels = {label: label.replace("_", " ") for label in shown}
     contact_sheet([(labels[label], made) for label, made in shown.items()], prompts[:clips]).save(
@@ -42,11 +43,11 @@ def write_report(
     (folder / "comparison.mp4").write_bytes(encode_mp4(np.concatenate(rows), frames_per_second))
 
 
-def figures_table(figures: dict[str, dict[str, float]]) -> str:
+def figures_table(figures: dict[str, dict[str, float]], decimals: int = 2) -> str:
     """A Markdown table, one row a way to sample."""
     names = list(dict.fromkeys(name for row in figures.values() for name in row))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, row in figures.items():
-        cells = (f"{row[name]:.2f}" if name in row else "" for name in names)
+        cells = (f"{row[name]:.{decimals}f}" if name in row else "" for name in names)
         lines.append(f"| {label.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

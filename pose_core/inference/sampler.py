@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from pose_core.method.flow import Velocity, euler, few_steps, guided
-from pose_core.models import wan
-from pose_core.models.codec import WanCodec, latent_shape
-from pose_core.models.video_model import Condition, VideoModel
+from pose_core.models import families
+from pose_core.models.parts import clip_shapes
+from pose_core.models.video_model import Codec, Condition, VideoModel
+
+WHOLE_PROMPT = 512
+"""More prompt tokens than any family keeps."""
 
 
 def velocity(model: VideoModel, condition: Condition) -> Velocity:
@@ -42,28 +45,30 @@ def sample_teacher(
 class OneStepSampler:
     """A diffusers folder, seen as a function from first frames, prompts and noise to videos."""
 
-    def __init__(self, model: VideoModel, codec: WanCodec, folder: Path):
+    def __init__(self, model: VideoModel, codec: Codec, folder: Path):
         self.model, self.codec, self.folder = model, codec, folder
 
     @classmethod
-    def load(cls, folder: Path, text_tokens: int = wan.TEXT_SLOTS) -> OneStepSampler:
-        """Load an exported folder (or any Wan folder).
+    def load(cls, folder: Path, text_tokens: int = WHOLE_PROMPT) -> OneStepSampler:
+        """Load an exported folder (or any folder of a family that is known).
 
         Raises:
             CheckpointError: naming the part that is missing or does not load.
         """
-        return cls(wan.load(folder), WanCodec.load(folder, text_tokens), folder)
+        family = families.of(folder)
+        return cls(family.load_generator(folder, folder), family.load_codec(folder, text_tokens), folder)
 
     def __call__(self, prompts: list[str], first_frames: np.ndarray | None, noises: list[Tensor]) -> np.ndarray:
         """Videos ``[B, F, H, W, 3]``, float32 in [0, 1].
 
         ``first_frames [B, H, W, 3]`` uint8 (None for text to video); ``noises``: one ``[B, C, T, h, w]`` a step.
         """
-        frames = (noises[0].shape[2] - 1) * self.codec.vae.config.scale_factor_temporal + 1
+        frames = (noises[0].shape[2] - 1) * self.codec.temporal_factor + 1
         condition = self.codec.encode_condition(prompts, first_frames, frames)
         return self.codec.decode(sample_generator(self.model, condition, noises))
 
     def noise(self, clips: int, frames: int, height: int, width: int, seed: int) -> Tensor:
         """Standard Gaussian noise ``[B, C, T, h, w]`` for clips of the given size, from ``seed``."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(clips, *latent_shape(self.folder, frames, height, width), generator=generator)
+        shapes = clip_shapes(self.folder, frames=frames, height=height, width=width, text_tokens=1)
+        return torch.randn(clips, *shapes.latents, generator=generator)

@@ -1,11 +1,13 @@
-"""The frozen encoders around a Wan transformer: video VAE, text encoder and image encoder.
+"""The frozen encoders around a transformer: video VAE, text encoder and, where there is one, image encoder.
 
 The text and image paths are the stock pipeline's own, so that what is trained on is what the exported pipeline feeds.
+``PipelineCodec`` is common to all families, ``WanCodec`` is that of the Wan models.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +16,79 @@ from PIL import Image
 from torch import Tensor
 
 from pose_core.errors import CheckpointError
+from pose_core.models.folders import read_config
+from pose_core.models.sizes import takes_image
 from pose_core.models.video_model import Condition
-from pose_core.models.wan import read_config
 
 
-class WanCodec:
-    """Encodes clips, prompts and first frames to what a Wan transformer takes, and decodes latents to frames."""
+class PipelineCodec:
+    """A stock pipeline without its transformer; a family says how latents are scaled and conditions encoded."""
 
-    def __init__(self, pipeline: WanPipeline | WanImageToVideoPipeline, text_tokens: int):
+    pipeline: Any
+
+    def __init__(self, pipeline: Any, text_tokens: int):
         self.pipeline = pipeline
         self.text_tokens = text_tokens
         self.vae = pipeline.vae
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames a latent frame stands for; the first stands for one alone."""
+        return self.vae.temporal_compression_ratio
+
+    @torch.no_grad()
+    def encode_video(self, video: np.ndarray) -> Tensor:
+        """Clips ``[B, F, H, W, 3]`` uint8 to normalised latents ``[B, C, T, h, w]``, float32."""
+        return self._encode(self._pixels(video))
+
+    @torch.no_grad()
+    def encode_condition(self, prompts: list[str], first_frames: np.ndarray | None, frames: int) -> Condition:
+        """Prompts and, for image to video, first frames ``[B, H, W, 3]`` uint8 of clips with ``frames`` frames."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Prompts to embeddings ``[B, text_tokens, D_text]``, zeros behind the last token; longer prompts are cut."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Normalised latents ``[B, C, T, h, w]`` to clips ``[B, F, H, W, 3]``, float32 in [0, 1]."""
+        video = self._decode(self._denormalise(latents.to(self.device, self.vae.dtype)))
+        return self.pipeline.video_processor.postprocess_video(video, output_type="np")
+
+    def decode_uint8(self, latents: Tensor) -> np.ndarray:
+        """``decode`` as pixels 0..255, uint8."""
+        return (self.decode(latents) * 255).round().astype(np.uint8)
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the transformer takes them."""
+        raise NotImplementedError
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of ``_normalise``."""
+        raise NotImplementedError
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def _pixels(self, video: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(video)).to(self.device, torch.float32)
+        return pixels.permute(0, 4, 1, 2, 3) / 127.5 - 1
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self._normalise(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float())
+
+
+class WanCodec(PipelineCodec):
+    """Encodes clips, prompts and first frames to what a Wan transformer takes, and decodes latents to frames."""
+
+    def __init__(self, pipeline: WanPipeline | WanImageToVideoPipeline, text_tokens: int):
+        super().__init__(pipeline, text_tokens)
         self.mean = torch.tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
 
@@ -35,66 +99,41 @@ class WanCodec:
         Raises:
             CheckpointError: naming the part that is missing or does not load.
         """
-        parts = ["vae", "text_encoder"]
-        with_image = read_config(folder, "transformer").get("image_dim") is not None
-        for part in [*parts, "image_encoder"] if with_image else parts:
-            read_config(folder, part)
-        kind = WanImageToVideoPipeline if with_image else WanPipeline
-        try:
-            pipeline = kind.from_pretrained(folder, transformer=None)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())}", in_call=True) from None
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), text_tokens)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.vae.parameters()).device
+        config = read_config(folder, "transformer")
+        kind = WanImageToVideoPipeline if takes_image(config) else WanPipeline
+        encoders = ["vae", "text_encoder", *(["image_encoder"] if config.get("image_dim") is not None else [])]
+        return cls(load_encoders(kind, folder, encoders, device, transformer_2=None), text_tokens)
 
     @property
     def has_image(self) -> bool:
         """Whether the family is image to video."""
-        return getattr(self.pipeline, "image_encoder", None) is not None
+        return isinstance(self.pipeline, WanImageToVideoPipeline)
 
-    @torch.no_grad()
-    def encode_video(self, video: np.ndarray) -> Tensor:
-        """Clips ``[B, F, H, W, 3]`` uint8 to normalised latents ``[B, C, T, h, w]``, float32."""
-        return self._encode(self._pixels(video))
+    @property
+    def temporal_factor(self) -> int:
+        return self.vae.config.scale_factor_temporal
 
     @torch.no_grad()
     def encode_condition(self, prompts: list[str], first_frames: np.ndarray | None, frames: int) -> Condition:
-        """Prompts and, for image to video, first frames ``[B, H, W, 3]`` uint8 of clips with ``frames`` frames."""
         text = self.encode_text(prompts)
         if first_frames is None or not self.has_image:
             return Condition(text)
-        pictures = [Image.fromarray(frame) for frame in first_frames]
-        return Condition(text, self.pipeline.encode_image(pictures), self._first_frame(first_frames, frames))
+        image = None
+        if self.pipeline.image_encoder is not None:
+            image = self.pipeline.encode_image([Image.fromarray(frame) for frame in first_frames])
+        return Condition(text, image, self._first_frame(first_frames, frames))
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts to embeddings ``[B, text_tokens, D_text]``, zeros behind the last token; longer prompts are cut."""
         return self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )[0]
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Normalised latents ``[B, C, T, h, w]`` to clips ``[B, F, H, W, 3]``, float32 in [0, 1]."""
-        raw = latents.to(self.device, self.vae.dtype) * self.std.to(self.device) + self.mean.to(self.device)
-        video = self.vae.decode(raw, return_dict=False)[0]
-        return self.pipeline.video_processor.postprocess_video(video, output_type="np")
-
-    def decode_uint8(self, latents: Tensor) -> np.ndarray:
-        """``decode`` as pixels 0..255, uint8."""
-        return (self.decode(latents) * 255).round().astype(np.uint8)
-
-    def _pixels(self, video: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(video)).to(self.device, torch.float32)
-        return pixels.permute(0, 4, 1, 2, 3) / 127.5 - 1
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+    def _normalise(self, latents: Tensor) -> Tensor:
         return (latents - self.mean.to(latents)) / self.std.to(latents)
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self.std.to(latents.device) + self.mean.to(latents.device)
 
     def _first_frame(self, first_frames: np.ndarray, frames: int) -> Tensor:
         """Mask and latents of the first frame followed by grey: ``[B, temporal factor + C, T, h, w]``."""
@@ -107,18 +146,17 @@ class WanCodec:
         return torch.cat([mask, latents], dim=1)
 
 
-def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Latent shape ``(C, T, h, w)`` of a clip, from the VAE's compression factors.
+def load_encoders(kind: Any, folder: Path, encoders: list[str], device: str, **without: None) -> Any:
+    """The stock pipeline ``kind`` from ``folder``, without transformer and other parts given as None; quiet, frozen.
 
     Raises:
-        CheckpointError: when the clip's size is not a multiple of what the model compresses by.
+        CheckpointError: naming the part of ``encoders`` that is missing, or what does not load (exit code 2).
     """
-    vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
-    temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    step = spatial * transformer.get("patch_size", [1, 2, 2])[1]
-    if (frames - 1) % temporal:
-        raise CheckpointError(f"data.frames={frames} does not fit: the VAE takes {temporal}k+1 frames", in_call=True)
-    for name, size in (("height", height), ("width", width)):
-        if size % step:
-            raise CheckpointError(f"data.{name}={size} does not fit: it must be a multiple of {step}", in_call=True)
-    return vae.get("z_dim", 16), (frames - 1) // temporal + 1, height // spatial, width // spatial
+    for part in encoders:
+        read_config(folder, part)
+    try:
+        pipeline = kind.from_pretrained(folder, transformer=None, use_safetensors=True, **without)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())}", in_call=True) from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)

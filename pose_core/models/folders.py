@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -47,3 +49,44 @@ def local_teacher(name: str, revision: str | None, *, weights: bool = True) -> P
             "name an existing diffusers folder, or check the network and the name",
             in_call=True,
         ) from None
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The ``config.json`` of one part of a diffusers folder.
+
+    Raises:
+        CheckpointError: when the folder lacks the part or it is not JSON (correctable in the call).
+    """
+    path = folder / part / "config.json"
+    if not path.is_file():
+        raise missing(folder, f"{part}/config.json")
+    return read_json(path)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The ``model_index.json`` of a diffusers folder: its pipeline's class, its parts and the pipeline's own settings.
+
+    Raises:
+        CheckpointError: when the folder has none or it is not JSON (correctable in the call).
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise missing(folder, path.name)
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: when the file holds none (correctable in the call).
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error}): fetch the folder again", in_call=True) from None
+
+
+def missing(folder: Path | str, file: str) -> CheckpointError:
+    """What to say of a folder without one of its files."""
+    return CheckpointError(f"{folder} has no {file}: model.teacher must name a complete diffusers folder", in_call=True)

@@ -6,30 +6,38 @@ one adapter, or through none. Adapters are zero at the start, so every role begi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from pose_core.errors import CheckpointError
-from pose_core.models.video_model import Condition, VideoModel
+from pose_core.models.video_model import Condition, StockModel
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-"""Attention and feed-forward projections of a diffusers transformer block."""
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "ff.net.0.proj", "ff.net.2"]
+"""Attention and feed-forward projections of the diffusers transformer blocks, whichever of them there are."""
 ADAPTER_FILE = "adapter.safetensors"
 
 
 class Role:
     """A video model seen through one of its adapters, or without any; meets ``VideoModel``."""
 
-    def __init__(self, base: VideoModel, adapter: str | None = None):
+    def __init__(self, base: StockModel, adapter: str | None = None):
         self.base, self.adapter = base, adapter
 
     @property
@@ -45,7 +53,7 @@ class Role:
         self.base.compute_dtype = dtype
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         return self.base.blocks
 
     @property
@@ -67,6 +75,10 @@ class Role:
         with switched_to(self.module, self.adapter):
             return self.base.features(x_t, t, condition, blocks)
 
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``."""
+        self.base.share_tokens(mesh)
+
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of the module as a folder that stock diffusers loads, this role's adapter merged in.
 
@@ -79,12 +91,18 @@ class Role:
             save_file({name: value.contiguous() for name, value in own.items()}, folder.parent / ADAPTER_FILE)
 
 
-def add_adapter(model: VideoModel, adapter: str, rank: int) -> Role:
-    """Freeze the base's own weights and add a LoRA, in float32, that changes nothing yet."""
+def add_adapter(model: StockModel, adapter: str, rank: int) -> Role:
+    """Freeze the base's own weights and add a LoRA, in float32, that changes nothing yet.
+
+    It is made on torch's default device, where a base whose weights are still unread is on none.
+    """
     for name, parameter in model.module.named_parameters():
         if ".lora_" not in name:
             parameter.requires_grad_(False)
-    model.module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=adapter)
+    with _where_made():
+        # By name inside the blocks: the embedders of some families have layers of the same names.
+        layers = rf"{model.blocks_at}\.\d+\.(.*\.)?({'|'.join(map(re.escape, TARGETS))})"
+        model.module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), adapter_name=adapter)
     role = Role(model, adapter)
     # peft lets only the newest adapter learn; here each learns unless its owner freezes it, and all in float32.
     for name, parameter in model.module.named_parameters():
@@ -92,6 +110,21 @@ def add_adapter(model: VideoModel, adapter: str, rank: int) -> Role:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
     return role
+
+
+@contextmanager
+def _where_made() -> Iterator[None]:
+    """Inside, new adapters stay where and as they are made.
+
+    peft moves them to their layer, twice; with that one on the meta device their initial values would be lost.
+    """
+    moves = LoraLayer._move_adapter_to_device_of_base_layer, LoraModel._replace_module
+    LoraLayer._move_adapter_to_device_of_base_layer = lambda *_arguments, **_named: None
+    LoraModel._replace_module = lambda _self, parent, name, made, _child: setattr(parent, name, made)
+    try:
+        yield
+    finally:
+        LoraLayer._move_adapter_to_device_of_base_layer, LoraModel._replace_module = moves
 
 
 @torch.no_grad()
@@ -132,8 +165,12 @@ def switched_to(module: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def checkpoint_activations(model: VideoModel) -> None:
-    """Recompute block activations in the backward pass, through the adapter that the forward pass went through."""
+def checkpoint_activations(model: StockModel, *, keep_attention: bool = False) -> None:
+    """Recompute block activations in the backward pass, through the adapter that the forward pass went through.
+
+    ``keep_attention`` keeps what attention gave, which costs most to compute again for its bytes.
+    """
+    context = partial(create_selective_checkpoint_contexts, _keep_attention) if keep_attention else noop_context_fn
 
     def run(block: nn.Module, *inputs: Any) -> Any:
         layer = next((layer for layer in block.modules() if isinstance(layer, BaseTunerLayer)), None)
@@ -143,9 +180,15 @@ def checkpoint_activations(model: VideoModel) -> None:
             with switched_to(block, adapter):
                 return block(*again)
 
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context)
 
-    model.module.enable_gradient_checkpointing(run)
+    for root in model.roots:
+        root.enable_gradient_checkpointing(run)
+
+
+def _keep_attention(_context: Any, operation: Any, *_inputs: Any, **_options: Any) -> CheckpointPolicy:
+    attention = str(operation).startswith("aten._scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def merge(weights: dict[str, Tensor], adapter: str | None) -> dict[str, Tensor]:

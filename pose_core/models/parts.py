@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import diffusers
@@ -13,80 +12,59 @@ import transformers
 from torch import nn
 
 from pose_core.errors import CheckpointError
-from pose_core.models.codec import latent_shape
-from pose_core.models.wan import count_image_tokens, read_config
+from pose_core.models import families
+from pose_core.models.folders import missing, read_config, read_index, read_json
+from pose_core.models.video_model import ClipShapes
 
-ENCODERS = ("vae", "text_encoder", "image_encoder")
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "image_encoder")
 """The networks of a folder that stay frozen and run before training."""
-_NETWORKS = ("transformer", *ENCODERS)
+_NETWORKS = ("transformer", "transformer_2", *ENCODERS)
 _DESCRIBED_BY = {
     "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
     "image_processor": "preprocessor_config.json",
+    "feature_extractor": "preprocessor_config.json",
+    "guider": "guider_config.json",
 }
 _SHARD_INDEX = "*.safetensors.index.json"
-_WEIGHTS = ("*.safetensors", "*.bin")
-
-Shape = tuple[int, ...]
+_WEIGHTS = "*.safetensors"
 
 
-@dataclass(frozen=True)
-class ClipShapes:
-    """What one clip becomes on its way through the model, without the batch axis."""
-
-    pixels: Shape
-    """``(3, F, H, W)``"""
-    latents: Shape
-    """``(C, T, h, w)``"""
-    text: Shape
-    """``(L, D_text)``"""
-    image: Shape | None
-    """``(N, D_image)``, None for text to video"""
-    first_frame: Shape | None
-    """``(C_cond, T, h, w)``, None for text to video"""
-    tokens: int
-    """Length of the sequence the transformer attends over."""
-
-    @property
-    def trained_on(self) -> list[Shape]:
-        """The tensors of a training row."""
-        return [shape for shape in (self.latents, self.text, self.image, self.first_frame) if shape is not None]
-
-
-def clip_shapes(folder: Path, *, frames: int, height: int, width: int, text_tokens: int) -> ClipShapes:
+def clip_shapes(
+    folder: Path, *, frames: int, height: int, width: int, text_tokens: int, task: str | None = None
+) -> ClipShapes:
     """Shapes of a clip of ``frames`` frames of ``height`` x ``width`` pixels, from the folder's configs alone.
+
+    Without a ``task`` it is the first that the model can do.
 
     Raises:
         CheckpointError: a config is missing, or the clip's size is not a multiple of what the model compresses by.
     """
-    transformer = read_config(folder, "transformer")
-    latents = latent_shape(folder, frames, height, width)
-    channels, time, rows, columns = latents
-    patch_time, patch_rows, patch_columns = transformer.get("patch_size", (1, 2, 2))
-    image_tokens = count_image_tokens(folder)
-    return ClipShapes(
-        pixels=(3, frames, height, width),
-        latents=latents,
-        text=(text_tokens, transformer["text_dim"]),
-        image=(image_tokens, transformer["image_dim"]) if image_tokens else None,
-        first_frame=(transformer["in_channels"] - channels, time, rows, columns) if image_tokens else None,
-        tokens=(time // patch_time) * (rows // patch_rows) * (columns // patch_columns),
-    )
+    family = families.of(folder)
+    size = {"frames": frames, "height": height, "width": width, "text_tokens": text_tokens}
+    return family.clip_shapes(folder, task=task or family.tasks(folder)[0], **size)
 
 
-def check_parts(folder: Path, *, weights: bool) -> None:
+def check_parts(folder: Path, *, weights: bool, files: Collection[str] | None = None, name: str = "") -> None:
     """Check that every part ``model_index.json`` names is there; ``weights=False`` asks for the networks' configs only.
+
+    Where ``folder`` holds the configs of a folder elsewhere, ``files`` are the paths of what that one holds, and
+    ``name`` is what it is called.
 
     Raises:
         CheckpointError: names the first file that is missing or not JSON (correctable in the call).
     """
+    if files is None:
+        files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    place = name or str(folder)
     for part in _index(folder):
         if part in _NETWORKS:
             read_config(folder, part)
             if weights:
-                _check_weights(folder, part)
-        elif weights and part in _DESCRIBED_BY and not (folder / part / _DESCRIBED_BY[part]).is_file():
-            raise _missing(folder, f"{part}/{_DESCRIBED_BY[part]}")
+                _check_weights(folder, part, files, place)
+        elif weights and part in _DESCRIBED_BY and f"{part}/{_DESCRIBED_BY[part]}" not in files:
+            raise missing(place, f"{part}/{_DESCRIBED_BY[part]}")
 
 
 def build_encoders(folder: Path) -> dict[str, nn.Module]:
@@ -101,20 +79,17 @@ def build_encoders(folder: Path) -> dict[str, nn.Module]:
 
 def _index(folder: Path) -> dict[str, tuple[str, str]]:
     """Library and class of every part that a folder has."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise _missing(folder, path.name)
-    entries = _read_json(path).items()
+    entries = read_index(folder).items()
     return {part: (entry[0], entry[1]) for part, entry in entries if isinstance(entry, list) and entry[0] is not None}
 
 
-def _check_weights(folder: Path, part: str) -> None:
+def _check_weights(folder: Path, part: str, files: Collection[str], place: str) -> None:
     for index in (folder / part).glob(_SHARD_INDEX):
-        for shard in sorted(set(_read_json(index)["weight_map"].values())):
-            if not (folder / part / shard).is_file():
-                raise _missing(folder, f"{part}/{shard}")
-    if not any(file for pattern in _WEIGHTS for file in (folder / part).glob(pattern)):
-        raise _missing(folder, f"{part}/{_WEIGHTS[0]}")
+        for shard in sorted(set(read_json(index)["weight_map"].values())):
+            if f"{part}/{shard}" not in files:
+                raise missing(place, f"{part}/{shard}")
+    if not any(PurePosixPath(file).match(f"{part}/{_WEIGHTS}") for file in files):
+        raise missing(place, f"{part}/{_WEIGHTS}")
 
 
 def _build(folder: Path, part: str, library: str, name: str) -> nn.Module:
@@ -128,14 +103,3 @@ def _build(folder: Path, part: str, library: str, name: str) -> nn.Module:
     config = read_config(folder, part)
     with torch.device("meta"):
         return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object ({error}): fetch the folder again", in_call=True) from None
-
-
-def _missing(folder: Path, file: str) -> CheckpointError:
-    return CheckpointError(f"{folder} has no {file}: model.teacher must name a complete diffusers folder", in_call=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,74 +10,67 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from diffusers import ContextParallelConfig, ParallelConfig, WanTransformer3DModel
+from diffusers.hooks.context_parallel import EquipartitionSharder, apply_context_parallel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor
 
-from pose_core.errors import CheckpointError
-from pose_core.models.video_model import Condition
+from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty
+from pose_core.models.folders import read_config
+from pose_core.models.sizes import latent_shape, takes_image
+from pose_core.models.video_model import ClipShapes, Codec, Condition, ConditionWidths
+from pose_core.models.weights import Weights
 
 TEXT_SLOTS = 512
 """Prompt tokens a Wan transformer attends to; the stock pipelines fill the rest of a prompt with zeros."""
-TIMESTEPS = 1000
-"""Scale of the time a Wan transformer is given."""
 
 
-class Wan:
+class Wan(Adapter):
     """A ``WanTransformer3DModel``; prompts may come without their zero padding (see ``PaddedTextAttention``)."""
 
-    def __init__(self, module: WanTransformer3DModel, image_tokens: int = 0):
-        self.module: Any = module
-        self.compute_dtype = torch.float32
+    def __init__(self, module: WanTransformer3DModel, image_tokens: int = 0, weights: Weights | None = None):
+        super().__init__(module, weights)
+        self.sharing: Any = None
         for block in module.blocks:
             block.attn2.set_processor(PaddedTextAttention(image_tokens))
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.module.blocks
-
-    @property
-    def width(self) -> int:
-        return self.module.config.num_attention_heads * self.module.config.attention_head_dim
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
         inputs = x_t if condition.first_frame is None else torch.cat([x_t, condition.first_frame.to(x_t.dtype)], dim=1)
+        return self._network(inputs, t * TIMESTEPS, condition).type_as(x_t)
+
+    def _network(self, inputs: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """The stock forward pass; ``timestep`` is ``[B]``, or ``[B, tokens]`` where tokens differ in it."""
         text = condition.text
         if text.shape[1] < TEXT_SLOTS:
             text = F.pad(text, (0, 0, 0, 1))
         image = condition.image
         return self.module(
             hidden_states=inputs.to(self.compute_dtype),
-            timestep=t * TIMESTEPS,
+            timestep=timestep,
             encoder_hidden_states=text.to(self.compute_dtype),
             encoder_hidden_states_image=None if image is None else image.to(self.compute_dtype),
             return_dict=False,
-        )[0].type_as(x_t)
+        )[0]
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
         """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for; no later one runs."""
-        outputs: dict[int, Tensor] = {}
+        outputs = super().features(x_t, t, condition, blocks)
+        if self.sharing is None:
+            return outputs
+        return [EquipartitionSharder.unshard(output, 1, self.sharing) for output in outputs]
 
-        def keep(index: int):
-            return lambda _module, _inputs, output: outputs.__setitem__(index, output)
-
-        every = self.blocks
-        hooks = [every[index].register_forward_hook(keep(index)) for index in blocks]
-        self.module.blocks = every[: max(blocks) + 1]
-        try:
-            self.velocity(x_t, t, condition)
-        finally:
-            self.module.blocks = every
-            for hook in hooks:
-                hook.remove()
-        return [outputs[index] for index in blocks]
-
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write full ``weights`` of this model as a folder that stock diffusers loads."""
-        with torch.device("meta"):
-            module = WanTransformer3DModel.from_config(self.module.config)
-        module.load_state_dict(weights, assign=True)
-        module.save_pretrained(folder)
+    def share_tokens(self, mesh: Any) -> None:
+        """See ``VideoModel``; the tokens and the attention heads must be multiples of the ranks."""
+        # As ``enable_parallelism`` of the stock model does, which asks for an accelerator.
+        config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
+        config.setup(mesh.get_rank(), mesh.size(), torch.device(mesh.device_type), mesh)
+        for block in self.module.blocks:
+            block.attn1.processor._parallel_config = ParallelConfig(context_parallel_config=config)
+        # It warns that one time a clip, for all of its tokens, is not split.
+        logging.getLogger("diffusers.hooks.context_parallel").setLevel(logging.ERROR)
+        apply_context_parallel(self.module, config, self.module._cp_plan)
+        self.sharing = config._flattened_mesh
 
 
 class PaddedTextAttention:
@@ -128,23 +121,6 @@ class PaddedTextAttention:
         return bias.expand(query.shape[2], given)
 
 
-def read_config(folder: Path, part: str) -> dict:
-    """The ``config.json`` of one part of a diffusers folder.
-
-    Raises:
-        CheckpointError: when the folder lacks the part or it is not JSON (correctable in the call).
-    """
-    path = folder / part / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no {part}/config.json: model.teacher must name a complete diffusers folder", in_call=True
-        )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): fetch the folder again", in_call=True) from None
-
-
 def count_image_tokens(folder: Path) -> int:
     """Tokens of the image encoder in a diffusers folder (patches and one class token), 0 without one."""
     if read_config(folder, "transformer").get("image_dim") is None:
@@ -164,37 +140,78 @@ def load(
     Raises:
         CheckpointError: when the folder lacks its config or its weights, or they do not fit each other.
     """
-    config = read_config(folder, "transformer")
-    found = config.get("_class_name")
-    if found != "WanTransformer3DModel":
-        raise CheckpointError(
-            f"{folder}/transformer is a {found}, model.family=wan needs a WanTransformer3DModel", in_call=True
-        )
     tokens = count_image_tokens(folder) if image_tokens is None else image_tokens
-    if meta:
-        with torch.device("meta"):
-            return Wan(_cast(WanTransformer3DModel.from_config(config), dtype), tokens)
-    try:
-        module, keys = WanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
+    return load_part(Wan, folder, "transformer", tokens, "wan", meta, dtype)
+
+
+def load_part(
+    kind: type[Wan], folder: Path, part: str, image_tokens: int, family: str, meta: bool, dtype: torch.dtype
+) -> Wan:
+    """One transformer of a folder of any Wan family."""
+    module = build_empty(WanTransformer3DModel, folder, part, family, dtype)
+    config = module.config
+    # Its tables are no weights: no file holds them.
+    module.rope = WanRotaryPosEmbed(config.attention_head_dim, tuple(config.patch_size), config.rope_max_seq_len)
+    model = kind(module, image_tokens, Weights(folder, part))
+    if not meta:
+        model.read_weights()
+    return model
+
+
+class WanFamily:
+    """Wan 2.1: one transformer; image to video by CLIP embeddings beside the latents of the first frame."""
+
+    name = "wan"
+    shares_tokens = True
+    pipelines = {"i2v": "WanImageToVideoPipeline", "t2v": "WanPipeline"}
+    model = Wan
+
+    def tasks(self, folder: Path) -> tuple[str, ...]:
+        return ("i2v",) if takes_image(read_config(folder, "transformer")) else ("t2v",)
+
+    def widths(self, folder: Path, task: str) -> ConditionWidths:
+        config = read_config(folder, "transformer")
+        first_frame = config["in_channels"] - config["out_channels"] if takes_image(config) else 0
+        return ConditionWidths(config["text_dim"], config.get("image_dim") or 0, first_frame)
+
+    def load_teacher(self, folder: Path, *, meta: bool = False, dtype: torch.dtype = torch.float32) -> Adapter:
+        return self.load_generator(folder, folder, meta=meta, dtype=dtype)
+
+    def load_generator(
+        self, folder: Path, teacher: Path, *, meta: bool = False, dtype: torch.dtype = torch.float32
+    ) -> Adapter:
+        return load_part(self.model, folder, "transformer", count_image_tokens(teacher), self.name, meta, dtype)
+
+    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> Codec:
+        # Here and not above: training ranks need no encoders, whose libraries take a hundred megabytes.
+        from pose_core.models.codec import WanCodec
+
+        return WanCodec.load(folder, text_tokens, device)
+
+    def clip_shapes(
+        self, folder: Path, *, task: str, frames: int, height: int, width: int, text_tokens: int
+    ) -> ClipShapes:
+        widths = self.widths(folder, task)
+        latents = latent_shape(folder, frames, height, width)
+        patch = read_config(folder, "transformer").get("patch_size", (1, 2, 2))
+        first_frame = self._first_frame_shape(latents, widths.first_frame)
+        return ClipShapes(
+            pixels=(3, frames, height, width),
+            latents=latents,
+            text=(text_tokens, widths.text),
+            image=(count_image_tokens(folder), widths.image) if widths.image else None,
+            first_frame=first_frame if widths.first_frame else None,
+            tokens=math.prod(size // step for size, step in zip(latents[1:], patch, strict=True)),
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}/transformer cannot be loaded: {reason}", in_call=True) from None
-    # The stock loader only warns: it makes up weights that are missing and drops those it has no place for.
-    for fault in ("missing", "unexpected"):
-        if names := keys[f"{fault}_keys"]:
-            raise CheckpointError(
-                f"{folder}/transformer has {len(names)} {fault} weights, e.g. {sorted(names)[0]}: "
-                "its weights and its config.json must belong together",
-                in_call=True,
-            )
-    return Wan(_cast(module, dtype), tokens)
+
+    def _first_frame_shape(self, latents: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        return channels, *latents[1:]
+
+    def one_step_index(self, index: dict[str, Any], task: str) -> dict[str, Any]:
+        return index | {"_class_name": self.pipelines[task]}
+
+    def finish_export(self, out: Path) -> None:
+        """Nothing else differs."""
 
 
-def _cast(module: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
-    """All weights in ``dtype``; the stock loader keeps some in float32, and the stock ``to`` warns of changing that.
-
-    Sharding computes in one precision anyway, see ``training/parallel.py``.
-    """
-    return nn.Module.to(module, dtype)
+FAMILY = WanFamily()

@@ -68,8 +68,10 @@ def output_folder(settings: Settings) -> Path:
 
 
 def fetch_results(run: Store, settings: Settings) -> None:
-    """Copy the report and the exported model out of the store, which may be stopped when the run ends."""
+    """Copy report, exported model and LoRA files out of the store, which may be stopped when the run ends."""
     folder = output_folder(settings)
     folder.mkdir(parents=True, exist_ok=True)
     run.download_folder("evaluate/report", folder / "report")
     run.download_folder("export/model", folder / "model")
+    if run.list("export/lora"):
+        run.download_folder("export/lora", folder / "lora")

@@ -7,8 +7,9 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,26 +28,44 @@ class Arguments:
     settings: Settings
     debug: bool
     dry_run: bool = False
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """What a script has of its own."""
 
 
-def run(main: Callable[[Arguments], None], description: str, *, dry_run: bool = False) -> None:
+def run(
+    main: Callable[[Arguments], None],
+    description: str,
+    *,
+    dry_run: bool = False,
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
     """Parse the command line, call ``main`` and turn errors into one line and an exit code.
 
-    ``dry_run`` says whether the script has that switch.
+    ``dry_run`` says whether the script has that switch; ``options`` adds arguments of its own.
     """
-    typed = _parser(description, dry_run).parse_intermixed_args()
-    _quiet(typed.debug)
-    try:
+    parser = _parser(description, dry_run)
+    if options is not None:
+        options(parser)
+    typed = parser.parse_intermixed_args()
+    with errors_for_people(typed.debug):
         settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
-        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False)))
+        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False), typed))
+
+
+@contextmanager
+def errors_for_people(debug: bool) -> Iterator[None]:
+    """Inside, libraries keep quiet and an error becomes one line and an exit code."""
+    _quiet(debug)
+    try:
+        yield
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     except PoseError as error:
-        _fail(str(error), error.exit_code, typed.debug)
+        _fail(str(error), error.exit_code, debug)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror or error}{where} (--debug shows where it happened)", 1, typed.debug)
+        _fail(f"{error.strerror or error}{where} (--debug shows where it happened)", 1, debug)
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> None:
@@ -75,6 +94,25 @@ def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:
             help="check settings, storage and cluster, print what every stage would hold, and stop",
         )
     return parser
+
+
+def counts(text: str) -> list[int]:
+    """An argparse type: whole numbers of at least 1, with commas between them."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers of at least 1, such as 8,16,32")
+    return [int(part) for part in parts]
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def project_version() -> str:

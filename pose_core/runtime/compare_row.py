@@ -203,7 +203,7 @@ def _videos(job: RowJob, heldout: Heldout, noises: int, sample: Sample, label: s
         clips = slice(start, start + settings.evaluation.batch_clips)
         latents = heldout.batch.x_0[clips]
         labels = [label, *(f"{label}/{step}" for step in range(1, noises))]
-        drawn = [Draws(settings.run.seed, index, each, 0, 1, device).normal(latents) for each in labels]
+        drawn = [Draws(settings.run.seed, index, each, 0, device).normal(latents) for each in labels]
         made.append(codec.decode_uint8(sample(heldout.batch.condition.rows(clips), drawn)))
     return np.concatenate(made)
 

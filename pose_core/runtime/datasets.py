@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from pose_core.data.clips import ClipRules, clips_of
 from pose_core.data.shards import from_table, parquet_bytes, quarantine_line, read_parquet_bytes, to_table
 from pose_core.errors import DataError
 from pose_core.runtime.storage import Store
-from pose_core.settings import DataSettings
+from pose_core.settings import DataSettings, ModelSettings
 
 TRAINED_ON = ("latents", "text", "image", "first_frame")
 NULL_TEXT = "null_text.parquet"
@@ -42,7 +41,9 @@ def clip_rules(data: DataSettings) -> ClipRules:
     )
 
 
-def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher: Path) -> Iterator[dict[str, Any]]:
+def prepare(
+    raw: Store, tars: list[str], out: Store, data: DataSettings, model: ModelSettings
+) -> Iterator[dict[str, Any]]:
     """Stream raw tars into training shards below ``out``; yields what each writer wrote and refused.
 
     A report holds ``shard`` and ``rows`` of the files of each split and the ``quarantine`` lines.
@@ -59,7 +60,7 @@ def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher
     ).flat_map(lambda sample: clips_of(_with_shard(sample), rules), num_cpus=0.5)
     encoded = rows.map_batches(
         Encoder,
-        fn_constructor_args=(teacher, data.text_tokens, out),
+        fn_constructor_args=(model, data.text_tokens, out),
         batch_size=data.encoder_batch_clips,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=data.encoder_actors),
         num_cpus=data.encoder_cpus,
@@ -93,23 +94,27 @@ def _with_shard(sample: dict[str, Any]) -> dict[str, Any]:
 class Encoder:
     """An actor of the encoding pool: holds the frozen encoders, turns clips into what training reads."""
 
-    def __init__(self, teacher: Path, text_tokens: int, out: Store):
+    def __init__(self, model: ModelSettings, text_tokens: int, out: Store):
         # Here and not above: tasks that only decode, write or read shards start seconds sooner, 400 MB smaller.
         import torch
 
-        from pose_core.models.codec import WanCodec
+        from pose_core.models import families
+        from pose_core.runtime.teachers import teacher_folder
 
-        self.codec = WanCodec.load(teacher, text_tokens, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.task = model.task
+        self.codec = families.get(model.family).load_codec(teacher_folder(model), text_tokens, device)
         out.write_bytes(
             NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).float().cpu().numpy()}))
         )
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         video = np.stack(list(rows["video"]))
-        condition = self.codec.encode_condition(list(rows["prompt"]), video[:, 0], video.shape[1])
+        first_frames = video[:, 0] if self.task == "i2v" else None
+        condition = self.codec.encode_condition(list(rows["prompt"]), first_frames, video.shape[1])
         encoded = {"latents": self.codec.encode_video(video), "text": condition.text}
-        if condition.image is not None and condition.first_frame is not None:
-            encoded |= {"image": condition.image, "first_frame": condition.first_frame}
+        given = {"image": condition.image, "first_frame": condition.first_frame}
+        encoded |= {name: value for name, value in given.items() if value is not None}
         return rows | {"video": video} | {name: value.float().cpu().numpy() for name, value in encoded.items()}
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pose_core.errors import DataError
 from pose_core.models.folders import find_folder
-from pose_core.models.parts import ClipShapes, Shape
+from pose_core.models.video_model import ClipShapes, Shape
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.object_store import find_weed
@@ -21,6 +21,7 @@ from pose_core.runtime.preflight import check_models
 from pose_core.runtime.preparing import MOVING_DIGITS
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
 from pose_core.runtime.storage import Store
+from pose_core.runtime.teachers import BUCKET
 from pose_core.settings import Settings
 from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan
 
@@ -32,7 +33,7 @@ WRITES = {
     "stability_priming": "generator/, checkpoints/",
     "adversarial_equilibrium": "generator/, checkpoints/",
     "evaluate": "report/",
-    "export": "model/",
+    "export": "model/, lora/",
 }
 """The folders of each stage's artifact."""
 OK, WARNING, UNCHECKED = "ok", "warning", "not checked"
@@ -69,10 +70,14 @@ def dry_run(settings: Settings) -> None:
 
 
 def _teacher(settings: Settings, folder: Path) -> Check:
-    name = settings.model.teacher
+    name, revision = settings.model.teacher, settings.model.revision
     if find_folder(name) is not None:
         return Check("teacher", OK, f"{folder}, every part is there")
-    return Check("teacher", UNCHECKED, f"{name}: its configs are known, its weights are downloaded when the run starts")
+    if name.startswith(BUCKET):
+        return Check("teacher", OK, f"{name}, every part is there; each machine copies it when the run starts")
+    if revision is None:
+        return Check("teacher", WARNING, f"{name} is downloaded as it will be then: pin it with model.revision=COMMIT")
+    return Check("teacher", UNCHECKED, f"{name} at {revision} is downloaded when the run starts")
 
 
 def _judge(settings: Settings) -> Check:
@@ -137,9 +142,9 @@ def _memory(settings: Settings, plan: Plan) -> Check:
     """Where the workers share this machine's memory, whether they fit into it."""
     most = max(worker.total for worker in plan.workers.values())
     if cluster.current_dashboard_url() is not None or settings.training.gpus_per_worker:
-        text = f"each worker needs {_size(most)} and room for activations, {_size(plan.loading)} while it loads"
+        text = f"each worker needs {_size(most)} and room for activations"
         return Check("memory", UNCHECKED, text)
-    needed, machine = settings.training.workers * max(most, plan.loading), psutil.virtual_memory().total
+    needed, machine = settings.training.workers * most, psutil.virtual_memory().total
     text = f"{settings.training.workers} workers hold {_size(needed)} of this machine's {_size(machine)}"
     return Check("memory", OK if needed < machine else WARNING, text)
 
@@ -207,12 +212,10 @@ def _workers(settings: Settings, plan: Plan) -> Table:
         "gradients": [each.gradients for each in phases],
         "AdamW's two moments": [each.moments for each in phases],
         "running average": [each.average for each in phases],
-        f"gathered blocks, {settings.training.precision}": [each.gathered for each in phases],
-        f"batch of {settings.training.batch_per_worker}": [each.batch for each in phases],
     }.items():
         table.add_row(name, *map(_size, values))
-    table.add_row("[bold]total, activations not included[/]", *(f"[bold]{_size(each.total)}[/]" for each in phases))
-    table.add_row("whole networks, while it loads", *[_size(plan.loading)] * len(phases))
+    table.add_row("[bold]total between two steps[/]", *(f"[bold]{_size(each.total)}[/]" for each in phases))
+    table.add_row("what a step makes on top", *["see pipelines/plan.py"] * len(phases))
     return table
 
 

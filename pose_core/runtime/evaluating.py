@@ -12,23 +12,25 @@ import ray
 import torch
 from ray.util import ActorPool
 
+from pose_core.evaluation import motion
 from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
-from pose_core.models import wan
-from pose_core.models.codec import WanCodec
-from pose_core.models.folders import local_teacher
-from pose_core.models.video_model import Condition
+from pose_core.models import families
+from pose_core.models.video_model import Condition, VideoModel
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.settings import Settings
 from pose_core.training.state import Draws
 
+MOTION_CLIPS = 32
+"""Clips of each way to sample that motion is measured on: seconds each, where they are large."""
 
-@ray.remote
-class SamplingActor:
+
+class Sampler:
     """Holds the models of an evaluation; samples one batch of held-out rows at a time."""
 
     def __init__(self, settings: Settings, generators: dict[str, Store], null_text: np.ndarray):
@@ -36,18 +38,18 @@ class SamplingActor:
         if settings.training.threads_per_worker:
             torch.set_num_threads(settings.training.threads_per_worker)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = local_teacher(settings.model.teacher, settings.model.revision)
-        self.codec = WanCodec.load(teacher, settings.data.text_tokens, str(self.device))
+        teacher = teacher_folder(settings.model)
+        family = families.get(settings.model.family)
+        self.codec = family.load_codec(teacher, settings.data.text_tokens, str(self.device))
         self.null_text = torch.tensor(null_text, device=self.device)
-        self.teacher = self._model(teacher)
+        self.teacher = self._placed(family.load_teacher(teacher))
         self.generators = {}
         for name, store in generators.items():
             with tempfile.TemporaryDirectory() as folder:
                 store.download_folder("generator", Path(folder) / "generator")
-                self.generators[name] = self._model(Path(folder) / "generator", wan.count_image_tokens(teacher))
+                self.generators[name] = self._placed(family.load_generator(Path(folder) / "generator", teacher))
 
-    def _model(self, folder: Path, image_tokens: int | None = None) -> wan.Wan:
-        model = wan.load(folder, image_tokens=image_tokens)
+    def _placed(self, model: VideoModel) -> VideoModel:
         model.module.to(self.device).eval()
         return model
 
@@ -55,7 +57,7 @@ class SamplingActor:
         """Videos ``[B, T, H, W, 3]`` uint8 of batch ``index`` by how they were made, all from the same noise."""
         columns = {name: torch.tensor(rows[name], device=self.device) for name in TRAINED_ON if name in rows}
         condition = Condition.of(columns)
-        draws = Draws(self.settings.run.seed, index, "evaluation", 0, 1, self.device)
+        draws = Draws(self.settings.run.seed, index, "evaluation", 0, self.device)
         noises = [draws.normal(columns["latents"]) for _ in range(max((1, *self.settings.evaluation.few_steps)))]
         noise = noises[0]
         evaluation, shift = self.settings.evaluation, self.settings.model.timestep_shift
@@ -72,6 +74,9 @@ class SamplingActor:
         for steps in evaluation.few_steps:
             latents[f"{steps}_steps"] = sample_generator(self.generators["one_step"], condition, noises[:steps])
         return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
+
+
+SamplingActor = ray.remote(Sampler)
 
 
 def sample_heldout(
@@ -125,9 +130,14 @@ def evaluate_generators(run: StageRun) -> None:
     score = scorer(settings.evaluation.judge, generated["prompt"], first_frames, reference)
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
+    rate = settings.data.frames_per_second
+    starts = list(real[:MOTION_CLIPS, 0]) if settings.model.task == "i2v" else [None] * MOTION_CLIPS
+    summary["motion"] = {
+        way: motion.summarise(motion.measure(video, rate, start) for video, start in zip(made, starts, strict=False))
+        for way, made in videos.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        rate = settings.data.frames_per_second
         write_report(report, summary, videos, generated["prompt"], settings.evaluation.sheet_clips, rate)
         run.artifact.upload_folder(report, "report")
         run.tracker.log_folder(report, "report")

@@ -61,20 +61,26 @@ STAGES: Mapping[str, Stage] = {
     )
 }
 """The chain, in its order."""
+SUITES: Mapping[str, Stage] = {
+    "vbench_i2v": Stage("vbench_i2v", ("adversarial_equilibrium",), ("run", "model", "data", "evaluation", "vbench"))
+}
+"""What a finished run can be put through besides, by itself."""
 
 _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
     "run": frozenset({"name", "output_folder"}),
     "data": frozenset({"encoder_actors", "encoder_batch_clips", "encoder_cpus", "encoder_gpus"}),
     "training": frozenset(
         {"cpus_per_worker", "gpus_per_worker", "threads_per_worker", "activation_checkpointing", "max_failures"}
+        | {"compile_blocks", "accumulation"}
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),
+    "vbench": frozenset({"weights_folder", "environment_folder"}),
     "alarms": frozenset({"every_steps", "clips", "non_finite_steps"}),
 }
 """Settings that change how a result is computed or watched and not what it is: who tunes them keeps what is done."""
 
-_MANIFEST, _STARTED = "manifest.json", "started"
+MANIFEST, _STARTED = "manifest.json", "started"
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=password=)[^&\s]+|(?<=token=)[^&\s]+", re.IGNORECASE)
 
 
@@ -122,7 +128,7 @@ def fingerprint(stage: Stage, settings: Settings) -> str:
 
 def read_manifest(run: Store, stage: Stage) -> Manifest | None:
     """The stage's manifest; None if there is none or it is not whole."""
-    key = f"{stage.name}/{_MANIFEST}"
+    key = f"{stage.name}/{MANIFEST}"
     if not run.exists(key):
         return None
     try:
@@ -157,11 +163,11 @@ def begin(run: Store, stage: Stage, settings: Settings) -> Store:
                 f"run {STAGES[name].script} with the same config first, or pipelines/full_distill.py for all stages"
             )
     folder, identity = run.child(stage.name), fingerprint(stage, settings)
-    finished = folder.exists(_MANIFEST)
+    finished = folder.exists(MANIFEST)
     if finished or not folder.exists(_STARTED) or folder.read_text(_STARTED) != identity:
         if finished:
             # Deleting takes many requests: should it be cut off, the rest must not pass for an artifact.
-            folder.write_bytes(_MANIFEST, b"")
+            folder.write_bytes(MANIFEST, b"")
         run.delete_prefix(stage.name)
         folder.write_bytes(_STARTED, identity.encode())
     return folder
@@ -181,19 +187,20 @@ def write_manifest(
         stage=stage.name,
         fingerprint=fingerprint(stage, settings),
         inputs={name: fingerprint(STAGES[name], settings) for name in stage.inputs},
-        settings=_without_passwords(settings.model_dump(mode="json")),
+        settings=without_passwords(settings.model_dump(mode="json")),
         code_version=_code_version(),
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         mlflow_run_id=mlflow_run_id,
         seconds=round(seconds, 3),
     )
-    run.write_json(f"{stage.name}/{_MANIFEST}", manifest.model_dump())
+    run.write_json(f"{stage.name}/{MANIFEST}", manifest.model_dump())
     return manifest
 
 
-def _without_passwords(value: Any) -> Any:
+def without_passwords(value: Any) -> Any:
+    """``value``, text or nested settings, with passwords in addresses blotted out."""
     if isinstance(value, dict):
-        return {key: _without_passwords(each) for key, each in value.items()}
+        return {key: without_passwords(each) for key, each in value.items()}
     return _PASSWORD.sub("***", value) if isinstance(value, str) else value
 
 

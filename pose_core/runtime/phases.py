@@ -50,7 +50,9 @@ def _steps(phase: str, settings: Settings) -> int:
 
 def _trainer(job: PhaseJob, checkpoints: Store, fingerprint: str) -> TorchTrainer:
     training = job.settings.training
-    rows = int((job.steps + 1) * training.workers * training.batch_per_worker * SHARE_OF_DATA_TASKS)
+    rows = int(
+        (job.steps + 1) * training.workers * training.batch_per_worker // training.context_workers * SHARE_OF_DATA_TASKS
+    )
     filesystem, path = checkpoints.arrow()
     resources = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pose_core.errors import CheckpointError
-from pose_core.models.folders import find_folder, local_teacher
-from pose_core.models.parts import check_parts
+from pose_core.models.folders import find_folder
+from pose_core.runtime.teachers import teacher_configs
 from pose_core.settings import Settings
 from pose_core.training.plan import Plan, plan_run
 
@@ -19,9 +19,8 @@ def check_models(settings: Settings) -> tuple[Path, Plan]:
     Raises:
         CheckpointError, ConfigError: (exit code 2) names the part that is missing or the setting that does not fit.
     """
-    model, judge = settings.model, settings.evaluation.judge
-    folder = local_teacher(model.teacher, model.revision, weights=False)
-    check_parts(folder, weights=find_folder(model.teacher) is not None)
+    judge = settings.evaluation.judge
+    folder = teacher_configs(settings.model)
     if judge and find_folder(judge) is None:
         raise CheckpointError(f"evaluation.judge={judge} is no folder: name one, or leave it empty", in_call=True)
     return folder, plan_run(settings, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from pose_core.data.shards import digits_tar
 from pose_core.errors import DataError
@@ -71,7 +70,7 @@ def _split(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def prepare_shards(run: StageRun, raw: RawShards, teacher: Path) -> None:
+def prepare_shards(run: StageRun, raw: RawShards) -> None:
     """Stream the raw shards through decoding, filtering and encoding; counts and bad clips go into the artifact.
 
     Raises:
@@ -79,7 +78,7 @@ def prepare_shards(run: StageRun, raw: RawShards, teacher: Path) -> None:
     """
     shards: dict[str, int] = {}
     quarantine: list[str] = []
-    for report in prepare(raw.store, raw.tars, run.artifact, run.settings.data, teacher):
+    for report in prepare(raw.store, raw.tars, run.artifact, run.settings.data, run.settings.model):
         shards |= report["shards"]
         quarantine += report["quarantine"]
         done = sum(shards.values()) + len(quarantine)

@@ -49,6 +49,7 @@ def results(session: Session, outcomes: Sequence[Result]) -> None:
         ("report", folder / "report" / "summary.json"),
         ("pictures", folder / "report" / "contact_sheet.png"),
         ("model", folder / "model"),
+        *([("LoRA", folder / "lora")] if (folder / "lora").is_dir() else []),
         ("browse", view_command(session.settings.tracking.uri)),
     ):
         console.print(f"  {name:<9} {text}", markup=False)

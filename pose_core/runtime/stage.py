@@ -44,7 +44,7 @@ def stage_run(name: str, settings: Settings) -> Iterator[StageRun]:
     Raises:
         ConfigError: an earlier stage has no artifact that fits these settings.
     """
-    stage = manifests.STAGES[name]
+    stage = {**manifests.STAGES, **manifests.SUITES}[name]
     root = Store.open(settings.storage.uri)
     store = root.child(manifests.run_prefix(settings))
     manifests.begin(store, stage, settings)

@@ -5,6 +5,7 @@ boto3 does the control work and small objects, pyarrow.fs moves folders; the usu
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -107,6 +108,13 @@ class Store(ABC):
     @abstractmethod
     def list(self, prefix: str = "") -> Keys:
         """All keys below ``prefix`` (a folder's name), sorted, relative to this store's root; maybe none."""
+
+    def versions(self) -> builtins.list[tuple[str, int, int]]:
+        """Path, bytes and time of change of every file below the root, sorted: another content, another list."""
+        filesystem, root = self.arrow()
+        with _one_line(self.uri):
+            found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return sorted((each.path, each.size, each.mtime_ns) for each in found if each.is_file)
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete everything in the folder ``prefix`` and below; nothing there is fine. The root itself is refused."""

@@ -14,11 +14,11 @@ from pose_core.evaluation.monitors import monitor
 from pose_core.evaluation.pictures import contact_sheet, side_by_side
 from pose_core.inference.sampler import sample_generator
 from pose_core.method.flow import euler
-from pose_core.models.codec import WanCodec
-from pose_core.models.folders import local_teacher
-from pose_core.models.video_model import Condition
+from pose_core.models import families
+from pose_core.models.video_model import Codec, Condition
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.training import parallel
 from pose_core.training.state import Draws, Networks
 
@@ -39,12 +39,12 @@ class Validation:
         self.rows = job.prepared.heldout("validation", max(self.pictured, self.monitored))
         columns = {name: torch.tensor(self.rows[name], device=device) for name in TRAINED_ON if name in self.rows}
         self.condition = Condition.of(columns)
-        draws = Draws(settings.run.seed, 0, "validation", 0, 1, device)
+        draws = Draws(settings.run.seed, 0, "validation", 0, device)
         self.noises = [draws.normal(columns["latents"][:clips]) for clips in (None, self.monitored)]
-        self.codec: WanCodec | None = None
+        self.codec: Codec | None = None
         if parallel.rank() == 0:
-            folder = local_teacher(settings.model.teacher, settings.model.revision)
-            self.codec = WanCodec.load(folder, settings.data.text_tokens)
+            folder = teacher_folder(settings.model)
+            self.codec = families.get(settings.model.family).load_codec(folder, settings.data.text_tokens)
         self.teacher = [self._decode(self._teacher(noise)) for noise in self.noises if len(noise)]
 
     @property

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pose_core.errors import PoseError
-from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
 from pose_core.settings import Settings
 from pose_core.training import build, checkpoint, loop, parallel
@@ -49,7 +49,7 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
             networks,
             optimizers,
             turns,
-            itertools.islice(_batches(settings, device), done, None),
+            itertools.islice(_batches(settings, networks.mesh, device), done, None),
             first_step=done,
             steps=job.steps,
             seed=settings.run.seed,
@@ -57,20 +57,21 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
             ema_decay=job.ema_decay,
             after_step=watch.after_step,
             non_finite_steps=settings.alarms.non_finite_steps,
+            accumulation=settings.training.accumulation,
         )
         watch.finish()
         _write_result(job, networks, Path(scratch))
 
 
 def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
-    teacher = local_teacher(job.settings.model.teacher, job.settings.model.revision)
+    teacher = teacher_folder(job.settings.model)
     generator = teacher
     if job.generator is not None:
         generator = scratch / "generator"
         job.generator.download_folder("generator", generator)
     null_text = torch.tensor(job.prepared.null_text()).to(device)
-    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device)
-    build.shard_networks(networks, job.settings)
+    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device, meta=True)
+    build.shard_networks(networks, job.settings, parallel.build_mesh(job.settings.training, device))
     return networks
 
 
@@ -83,13 +84,14 @@ def _restore(networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -
         return checkpoint.load(Path(folder), networks, optimizers)
 
 
-def _batches(settings: Settings, device: torch.device) -> Iterator[Batch]:
+def _batches(settings: Settings, mesh: parallel.Mesh | None, device: torch.device) -> Iterator[Batch]:
     """This rank's batches from the start of the run; a resumed phase skips those it has seen."""
     shard = ray.train.get_dataset_shard("train")
     batches = shard.iter_batches(
         batch_size=settings.training.batch_per_worker, batch_format="numpy", drop_last=True, prefetch_batches=2
     )
-    for rows in batches:
+    assert mesh is not None
+    for rows in parallel.share_clips(iter(batches), mesh, device):
         yield _to_batch(rows, device)
 
 

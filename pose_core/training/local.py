@@ -120,6 +120,7 @@ def _train_phase(
         ema_decay=getattr(settings, phase).ema_decay,
         after_step=after_step,
         non_finite_steps=settings.alarms.non_finite_steps,
+        accumulation=training.accumulation,
     )
 
 

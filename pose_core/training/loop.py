@@ -21,10 +21,12 @@ True, on all ranks, ends the training there."""
 def build_optimizers(
     networks: Networks, turns: Sequence[Turn], weight_decay: float
 ) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW a group of parameters that a turn updates."""
+    """One AdamW a group of parameters that a turn updates; fused, it needs no room for a copy of them."""
     groups = networks.groups()
     return {
-        group: torch.optim.AdamW(groups[group].values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+        group: torch.optim.AdamW(
+            groups[group].values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
         for turn in turns
         for group, learning_rate in turn.updates.items()
     }
@@ -43,8 +45,11 @@ def train(
     ema_decay: float,
     after_step: AfterStep,
     non_finite_steps: int,
+    accumulation: int = 1,
 ) -> None:
     """Run steps ``first_step`` to ``steps``; each takes one batch and every turn in order, then moves the average.
+
+    A turn takes its batch in ``accumulation`` equal parts, one after the other, and moves once.
 
     An update whose loss or gradient is not finite on any rank is skipped on all of them: its parameters and optimisers
     stay as they are. The curve ``<turn>/skipped`` counts them since ``first_step``.
@@ -61,12 +66,9 @@ def train(
         values: dict[str, Tensor] = {}
         for turn in turns:
             for repeat in range(turn.repeats):
-                label = f"{turn.name}/{repeat}"
-                draws = Draws(seed, step, label, parallel.rank(), parallel.ranks(), batch.x_0.device)
-                losses = turn.loss(networks, batch, draws)
-                losses.total.backward()
+                losses = _backward(networks, turn, batch, accumulation, (seed, step, f"{turn.name}/{repeat}"))
                 norm = parallel.clip_gradients(updated_by(turn, groups), gradient_clip)
-                if skips[turn.name].finite(losses.total.detach() + norm, step):
+                if skips[turn.name].finite(losses.total + norm, step):
                     for group in turn.updates:
                         optimizers[group].step()
                 # A loss may leave gradients on constants of its turn (heads in the generator's): they are dropped.
@@ -77,6 +79,20 @@ def train(
         ema.follow(networks.average.weights(), networks.generator.weights(), ema_decay)
         if after_step(step + 1, values):
             return
+
+
+def _backward(networks: Networks, turn: Turn, batch: Batch, accumulation: int, key: tuple[int, int, str]) -> Losses:
+    """Gradients of a turn's loss, the mean over the parts of the batch, and those means."""
+    data_rank = parallel.rank() if networks.mesh is None else networks.mesh.data_rank
+    first = data_rank * len(batch.x_0)
+    sums: list[Losses] = []
+    for part in batch.parts(accumulation):
+        losses = turn.loss(networks, part, Draws(*key, first, batch.x_0.device))
+        (losses.total / accumulation).backward()
+        sums.append(Losses(losses.total.detach(), {name: value.detach() for name, value in losses.parts.items()}))
+        first += len(part.x_0)
+    parts = {name: torch.stack([each.parts[name] for each in sums]).mean() for name in sums[0].parts}
+    return Losses(torch.stack([each.total for each in sums]).mean(), parts)
 
 
 def _curves(turn: str, losses: Losses, norm: Tensor, skipped: int) -> dict[str, Tensor]:

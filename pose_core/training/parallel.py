@@ -1,18 +1,49 @@
-"""Distribution, applied from outside: FSDP2 sharding, gradient norms and gathers over the ranks of a phase."""
+"""Distribution, applied from outside: sharding, context parallelism, gradient norms and gathers over a phase's ranks.
+
+Ranks form a mesh of replicate x shard x context. A context group takes the same clips and splits their tokens; weights
+are sharded over all ranks of a replica, context groups included, so that none of them holds a copy for itself.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pose_core.models.video_model import VideoModel
+from pose_core.errors import ConfigError
+from pose_core.models.video_model import StockModel
+from pose_core.models.weights import Weights, is_adapter, stock_name
+from pose_core.settings import TrainingSettings
+
+Nested = TypeVar("Nested")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def pretended(world: int) -> Iterator[None]:
+    """Inside, this process is the first of ``world`` ranks that exchange nothing: enough to see what one would hold."""
+    shows_errors = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = shows_errors  # which a group changes to name its rank
 
 
 def rank() -> int:
@@ -23,23 +54,118 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard_model(model: VideoModel, precision: Literal["float32", "bfloat16"]) -> None:
-    """Shard a video model in place: every block on its own, the rest with the root.
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a phase, seen twice: as those that hold the weights together, and as those that share a clip."""
+
+    weights: DeviceMesh
+    """``(replicate, shard x context)``, or without replicas the latter alone."""
+    context: DeviceMesh | None
+    """``(data, ring, ulysses)``; None where each rank has clips of its own."""
+    context_ranks: int
+
+    @property
+    def data_rank(self) -> int:
+        """Place among those that take clips of their own; a context group is one of them."""
+        return rank() // self.context_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        return ranks() // self.context_ranks
+
+    @property
+    def context_rank(self) -> int:
+        return rank() % self.context_ranks
+
+
+def build_mesh(settings: TrainingSettings, device: torch.device) -> Mesh:
+    """The mesh of all ranks, by ``training.replicas`` and ``training.context_workers``; neighbours share a clip."""
+    replicas, context = settings.replicas, settings.context_workers
+    kind, world = device.type, ranks()
+    if world % (replicas * context):
+        raise ConfigError(
+            f"{world} workers cannot be {replicas} replicas of groups of {context}: "
+            "set training.replicas and training.context_workers so that their product divides training.workers"
+        )
+    if replicas == 1:
+        weights = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    else:
+        weights = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    shared = (
+        None
+        if context == 1
+        else init_device_mesh(kind, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
+    )
+    return Mesh(weights, shared, context)
+
+
+def shard_model(model: StockModel, settings: TrainingSettings, mesh: Mesh) -> None:
+    """Shard a video model in place: every block on its own, the rest with the root; what is unread is read then.
 
     Master weights and reductions stay float32. The root does not cast its inputs: in bfloat16 the time given to the
     network would have four distinct values a hundred.
+
+    Raises:
+        CheckpointError: unread weights are missing, damaged or of another model (on every rank).
     """
-    dtype = PRECISIONS[precision]
+    dtype = PRECISIONS[settings.precision]
+    for module, weights in model.unread:
+        weights.check(module)
+    if mesh.context is not None:
+        model.share_tokens(mesh.context)
     for block in model.blocks:
-        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        if settings.compile_blocks:
+            block.compile()
+        _shard(block, mesh, MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(model.module, mp_policy=policy)
-    model.compute_dtype = dtype
+    for root in model.roots:
+        _shard(root, mesh, policy)
+    for module, weights in model.unread:
+        _read_shards(module, weights)
+    model.unread = []
+    model.compute_dtype, model.any_rank = dtype, any_rank
 
 
-def shard_heads(heads: nn.Module) -> None:
-    """Shard the discriminator heads in place; they stay in float32."""
-    fully_shard(heads)
+def _read_shards(module: nn.Module, weights: Weights) -> None:
+    """Give a sharded module that was built on the meta device its weights; this rank reads its own rows alone."""
+    meshes = {each.device_mesh for each in module.parameters() if isinstance(each, DTensor)}
+    device = torch.device(next(iter(meshes)).device_type)
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if is_adapter(name):
+                continue
+            assert isinstance(parameter, DTensor)
+            _, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            weights.read(stock_name(name), parameter.to_local(), offset[0] if offset else 0)
+    weights.close()
+
+
+def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
+    sharded = fully_shard(module, mesh=mesh.weights, mp_policy=policy)
+    if mesh.context is not None:
+        # Ranks of a context group hold parts of one clip's gradient: they are summed, and only clips are averaged.
+        sharded.set_gradient_divide_factor(float(mesh.data_ranks))
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def shard_heads(heads: nn.Module, mesh: Mesh) -> None:
+    """Shard the discriminator heads in place; they stay in float32, and see all tokens of a clip on every rank."""
+    fully_shard(heads, mesh=mesh.weights)
+
+
+def share_clips(own: Iterator[Nested], mesh: Mesh, device: torch.device) -> Iterator[Nested]:
+    """The batches of a context group, the same on all of its ranks: each rank's ``own`` in turn, one a step."""
+    if mesh.context is None:
+        yield from own
+        return
+    group = mesh.context["ulysses"].get_group()
+    for turn in itertools.cycle(range(mesh.context_ranks)):
+        mine = [next(own) if turn == mesh.context_rank else None]
+        dist.broadcast_object_list(mine, group=group, group_src=turn, device=device)
+        yield mine[0]  # type: ignore[misc]
 
 
 def reshard(module: nn.Module) -> None:
@@ -48,8 +174,9 @@ def reshard(module: nn.Module) -> None:
     It cannot be freed right after the forward: where only block features enter the loss, the backward pass needs the
     root's weights and nothing would gather them again.
     """
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    for each in (module, *module.children()):
+        if isinstance(each, FSDPModule):
+            each.reshard()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

@@ -1,6 +1,7 @@
-"""What the networks of a run weigh and what each training worker will hold, from configs alone.
+"""What the networks of a run weigh and what each training worker holds between two steps, from configs alone.
 
 Every network is built on the meta device by the code that builds it for training, so nothing here can drift from it.
+What a step makes on top, and so its peak, is for ``simulation.py`` to find, which takes longer.
 """
 
 from __future__ import annotations
@@ -14,23 +15,22 @@ import torch
 from torch import nn
 
 from pose_core.errors import ConfigError
+from pose_core.models import families
+from pose_core.models.folders import read_config
 from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
-from pose_core.training.parallel import PRECISIONS
 from pose_core.training.state import Networks
 
 PHASES = ("priming", "equilibrium")
 FLOAT32_BYTES = 4
 MOMENTS = 2
 """Numbers AdamW keeps for every parameter it trains."""
-GATHERED_BLOCKS = 2
-"""Blocks that FSDP holds whole at a time: the one at work and the next one, already on its way."""
 
 
 @dataclass(frozen=True)
 class WorkerBytes:
-    """What one training worker holds in a phase, in bytes; activations come on top."""
+    """What one training worker holds in a phase, in bytes; activations and gathered weights come on top."""
 
     weights: int
     """Its shard of generator, teacher, fake score and heads, in the precision each is kept in."""
@@ -38,9 +38,6 @@ class WorkerBytes:
     moments: int
     average: int
     """Its shard of the generator's running average, float32."""
-    gathered: int
-    """Whole weights of what is at work, in the precision of computation."""
-    batch: int
 
     @property
     def total(self) -> int:
@@ -56,8 +53,6 @@ class Plan:
     """Numbers of parameters by role, in the order of the pipeline."""
     workers: dict[str, WorkerBytes]
     """What one worker holds, by phase."""
-    loading: int
-    """Bytes of the networks that a worker has loaded whole when it starts to shard them."""
 
 
 def plan_run(settings: Settings, teacher: Path) -> Plan:
@@ -67,20 +62,17 @@ def plan_run(settings: Settings, teacher: Path) -> Plan:
         ConfigError: a setting does not fit this teacher.
         CheckpointError: (correctable in the call) the folder lacks a config, or clips of this size do not fit it.
     """
+    clip = check_fit(settings, teacher)
     nothing = torch.empty(0, device="meta")
     with nothing.device:  # the LoRA too, which would otherwise be drawn on the CPU first
         networks = {
             phase: build_networks(phase, settings, teacher, teacher, nothing, device=nothing.device, meta=True)
             for phase in PHASES
         }
-    data = settings.data
-    clip = clip_shapes(teacher, frames=data.frames, height=data.height, width=data.width, text_tokens=data.text_tokens)
-    _check_fit(settings, clip, len(networks["priming"].generator.blocks))
     return Plan(
         clip,
         _roles(networks["priming"], networks["equilibrium"].heads) | _encoders(teacher),
-        {phase: _worker(phase, settings, networks[phase], clip) for phase in PHASES},
-        max(_bytes(_everything(each), 1) for each in networks.values()),
+        {phase: _worker(phase, settings, networks[phase]) for phase in PHASES},
     )
 
 
@@ -89,15 +81,37 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_fit(settings: Settings, clip: ClipShapes, blocks: int) -> None:
-    teacher, found = settings.model.teacher, "t2v" if clip.image is None else "i2v"
-    if settings.model.task != found:
-        raise ConfigError(f"model.task={settings.model.task} does not fit {teacher}: set model.task={found}")
-    chosen = settings.equilibrium.feature_blocks
+def check_fit(settings: Settings, folder: Path) -> ClipShapes:
+    """Shapes of a clip, once the settings are known to fit the teacher in ``folder``, of which only configs are read.
+
+    Raises:
+        ConfigError: a setting does not fit this teacher.
+        CheckpointError: (correctable in the call) the folder lacks a config, or clips of this size do not fit it.
+    """
+    model, data, family = settings.model, settings.data, families.of(folder)
+    teacher = model.teacher
+    if model.family != family.name:
+        raise ConfigError(f"model.family={model.family} does not fit {teacher}: set model.family={family.name}")
+    tasks = family.tasks(folder)
+    if model.task not in tasks:
+        raise ConfigError(f"model.task={model.task} does not fit {teacher}: set model.task={tasks[0]}")
+    size = {"frames": data.frames, "height": data.height, "width": data.width, "text_tokens": data.text_tokens}
+    clip = clip_shapes(folder, task=model.task, **size)
+    transformer = read_config(folder, "transformer")
+    chosen, blocks = settings.equilibrium.feature_blocks, transformer["num_layers"]
     if max(chosen) >= blocks:
         raise ConfigError(
             f"equilibrium.feature_blocks={list(chosen)} does not fit {teacher}: name blocks from 0 to {blocks - 1}"
         )
+    ranks, heads = settings.training.context_workers, transformer["num_attention_heads"]
+    if ranks > 1 and not family.shares_tokens:
+        raise ConfigError(f"training.context_workers={ranks} does not fit model.family={model.family}: set it to 1")
+    if clip.tokens % ranks or heads % ranks:
+        raise ConfigError(
+            f"training.context_workers={ranks} does not fit {teacher}: it must divide the clip's {clip.tokens} tokens "
+            f"and the {heads} attention heads"
+        )
+    return clip
 
 
 def _roles(priming: Networks, heads: nn.Module | None) -> dict[str, int]:
@@ -124,21 +138,18 @@ def _encoders(teacher: Path) -> dict[str, int]:
     return {name.replace("_", " "): count(module) for name, module in build_encoders(teacher).items()}
 
 
-def _worker(phase: str, settings: Settings, networks: Networks, clip: ClipShapes) -> WorkerBytes:
-    workers = settings.training.workers
+def _worker(phase: str, settings: Settings, networks: Networks) -> WorkerBytes:
+    workers = settings.training.workers // settings.training.replicas
     groups = networks.groups()
     trained = [p for turn in phase_turns(phase, settings) for group in turn.updates for p in groups[group].values()]
     average = {id(parameter) for parameter in networks.average.weights().values()}
     others = [parameter for parameter in _everything(networks) if id(parameter) not in average]
     gradients = FLOAT32_BYTES * _shard(trained, workers)
-    row = sum(map(math.prod, clip.trained_on))
     return WorkerBytes(
         weights=_bytes(others, workers),
         gradients=gradients,
         moments=MOMENTS * gradients,
         average=FLOAT32_BYTES * _shard(networks.average.weights().values(), workers),
-        gathered=_gathered(networks, PRECISIONS[settings.training.precision].itemsize),
-        batch=FLOAT32_BYTES * settings.training.batch_per_worker * row,
     )
 
 
@@ -150,13 +161,3 @@ def _shard(parameters: Iterable[nn.Parameter], workers: int) -> int:
 def _bytes(parameters: Iterable[nn.Parameter], workers: int) -> int:
     """What the first worker holds of ``parameters``, in the precision each is kept in."""
     return sum(_shard([parameter], workers) * parameter.element_size() for parameter in parameters)
-
-
-def _gathered(networks: Networks, item_bytes: int) -> int:
-    """Bytes of the largest network's unblocked rest and of its blocks in flight, and of the heads, kept in float32."""
-    sizes = []
-    for model in networks.models():
-        blocks = [count(block) for block in model.blocks]
-        sizes.append(count(model.module) - sum(blocks) + min(GATHERED_BLOCKS, len(blocks)) * max(blocks))
-    heads = 0 if networks.heads is None else count(networks.heads)
-    return item_bytes * max(sizes) + FLOAT32_BYTES * heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from pose_core.method.flow import Velocity, guided
 from pose_core.models.heads import DiscriminatorHeads
 from pose_core.models.lora import Role
-from pose_core.models.video_model import Condition, VideoModel
+from pose_core.models.video_model import Condition, StockModel, VideoModel
+from pose_core.training.parallel import Mesh
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Batch:
     x_0: Tensor
     condition: Condition
 
+    def parts(self, count: int) -> list[Batch]:
+        """The clips in ``count`` equal parts, in order."""
+        size = len(self.x_0) // count
+        rows = [slice(start, start + size) for start in range(0, size * count, size)]
+        return [Batch(self.x_0[each], self.condition.rows(each)) for each in rows]
+
 
 @dataclass
 class Networks:
@@ -29,7 +37,8 @@ class Networks:
 
     ``teacher`` is frozen; ``average`` is the generator's running average. The others exist where a turn updates them:
     ``fake``, the fake score; ``heads`` of the discriminator; ``discriminator``, a rival's backbone of its own. Roles
-    may share one module (see ``models/lora.py``). ``null_text [1, L, D]`` is the empty prompt.
+    may share one module (see ``models/lora.py``). ``null_text [1, L, D]`` is the empty prompt. ``mesh`` is there once
+    they are sharded.
     """
 
     generator: Role
@@ -39,6 +48,7 @@ class Networks:
     fake: Role | None = None
     discriminator: Role | None = None
     heads: DiscriminatorHeads | None = None
+    mesh: Mesh | None = None
 
     def roles(self) -> dict[str, Role]:
         """The transformers by role."""
@@ -51,9 +61,11 @@ class Networks:
         }
         return {name: role for name, role in named.items() if role is not None}
 
-    def models(self) -> list[VideoModel]:
-        """The transformers behind the roles, each once."""
-        return list({id(role.module): role.base for role in self.roles().values()}.values())
+    def models(self) -> list[StockModel]:
+        """The transformers behind the roles, each once: one that is a part of another is not named beside it."""
+        models = {id(role.module): role.base for role in self.roles().values()}
+        parts = {id(part) for model in models.values() for part in model.module.modules() if part is not model.module}
+        return [model for key, model in models.items() if key not in parts]
 
     def modules(self) -> list[nn.Module]:
         """Everything that has weights, each once."""
@@ -94,23 +106,31 @@ def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -
 
 
 class Draws:
-    """Random numbers of one step, the same whatever the number of ranks: drawn for the global batch, sliced by rank."""
+    """Random numbers of one step: every clip of the global batch has its own, however clips are spread over ranks.
 
-    def __init__(self, seed: int, step: int, label: str, rank: int, ranks: int, device: torch.device):
-        key = hashlib.sha256(f"{seed}/{label}/{step}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-        self.step, self.rank, self.ranks, self.device = step, rank, ranks, device
+    ``first_clip`` is the place in the global batch of the first clip that is drawn for.
+    """
+
+    def __init__(self, seed: int, step: int, label: str, first_clip: int, device: torch.device):
+        self.key, self.step, self.first_clip, self.device = f"{seed}/{label}/{step}", step, first_clip, device
+        self.generators: dict[int, torch.Generator] = {}
 
     def normal(self, like: Tensor, **sizes_of_one: int) -> Tensor:
         """Standard Gaussian noise shaped like ``like [B, C, T, H, W]``; dimensions named T, H or W may be 1."""
         shape = list(like.shape)
         for name, size in sizes_of_one.items():
             shape["BCTHW".index(name)] = size
-        return self._mine(torch.randn(shape[0] * self.ranks, *shape[1:], generator=self.generator))
+        return self._stack(len(like), lambda generator: torch.randn(shape[1:], generator=generator))
 
     def uniform(self, like: Tensor) -> Tensor:
         """One number in [0, 1) a clip, ``[B]``."""
-        return self._mine(torch.rand(len(like) * self.ranks, generator=self.generator))
+        return self._stack(len(like), lambda generator: torch.rand((), generator=generator))
 
-    def _mine(self, values: Tensor) -> Tensor:
-        return values.chunk(self.ranks)[self.rank].to(self.device)
+    def _stack(self, clips: int, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(self._generator(clip)) for clip in range(clips)]).to(self.device)
+
+    def _generator(self, clip: int) -> torch.Generator:
+        if clip not in self.generators:
+            key = hashlib.sha256(f"{self.key}/{self.first_clip + clip}".encode()).digest()
+            self.generators[clip] = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+        return self.generators[clip]

@@ -26,13 +26,14 @@ pytestmark = pytest.mark.integration
 
 STAGES = ["prepare_data", "stability_priming", "adversarial_equilibrium", "evaluate", "export"]
 PRIMING_STEPS, EQUILIBRIUM_STEPS, LOG_EVERY, CHECKPOINT_EVERY = 60, 4, 2, 10
+LORA_RANK = 4
 SETTINGS = (
     *("run.name=whole", "data.digits_clips=32", "data.digits_heldout_clips=16", "data.digits_clips_per_tar=16"),
     *("data.clips_per_shard=16", "data.encoder_actors=1", "training.batch_per_worker=2", "training.sample_clips=2"),
     *(f"priming.steps={PRIMING_STEPS}", f"equilibrium.steps={EQUILIBRIUM_STEPS}"),
     *(f"training.checkpoint_every_steps={CHECKPOINT_EVERY}", f"tracking.log_every_steps={LOG_EVERY}"),
     *("training.sample_every_steps=40", "evaluation.clips=8", "evaluation.workers=1", "evaluation.teacher_steps=4"),
-    *("export.registered_model=tiny", "export.alias=newest"),
+    *("export.registered_model=tiny", "export.alias=newest", f"export.lora_rank={LORA_RANK}"),
 )
 SECRETS = (".pose/object_store/credentials", ".pose/object_store/s3.json", ".pose/ray/ray_token")
 
@@ -222,6 +223,28 @@ def test_the_registered_model_is_the_exported_diffusers_folder(
         assert any(path.suffix == ".safetensors" and path.parts[0] == part for path in files), part
 
 
+def test_lora_files_with_their_error_and_cards_with_pictures_come_with_it(run: Run, stored: dict[str, bytes]) -> None:
+    from huggingface_hub import ModelCard
+    from safetensors import safe_open
+
+    folders = {name: run.folder / "outputs/whole" / name for name in ("model", "lora")}
+    for name, folder in folders.items():
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert {"README.md", "samples/contact_sheet.png", "samples/comparison.mp4"} <= files
+        assert {f"runs/whole/export/{name}/{file}" for file in files} <= set(stored)
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.to_dict()["license"] == "unknown"  # the teacher's folder does not say
+        assert "8 held-out clips" in card.text and "32 train" in card.text
+    error = json.loads((folders["lora"] / "extraction.json").read_text())
+    assert error["rank"] == LORA_RANK and 0 < error["total_error"] < 1
+    manifest = json.loads(stored["runs/whole/export/manifest.json"])
+    assert manifest["metrics"]["lora_total_error"] == error["total_error"]
+    for file in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+        with safe_open(folders["lora"] / file, framework="np") as weights:
+            downs = [name for name in weights.keys() if name.endswith("lora_A.weight")]  # noqa: SIM118
+            assert {weights.get_slice(name).get_shape()[0] for name in downs} == {LORA_RANK}
+
+
 def test_the_report_compares_one_step_with_the_teacher(run: Run) -> None:
     summary = json.loads((run.folder / "outputs/whole/report/summary.json").read_text())
     figures = summary["figures"]
@@ -229,6 +252,8 @@ def test_the_report_compares_one_step_with_the_teacher(run: Run) -> None:
     assert all(set(row) == set(figures["real"]) and np.isfinite(list(row.values())).all() for row in figures.values())
     assert figures["real"]["mean"] > figures["one_step"]["mean"]  # two random networks are no match for real clips
     assert summary["run"]["clips"] == 8
+    assert set(summary["motion"]) == set(figures)
+    assert summary["motion"]["real"]["dynamic_degree"] > 50 and summary["motion"]["real"]["still"] == 0
 
 
 def test_secrets_stay_in_files_that_only_their_owner_can_read(run: Run, stored: dict[str, bytes]) -> None:
@@ -266,3 +291,106 @@ def test_the_same_command_again_skips_every_stage(
     assert len(client.search_runs([client.get_experiment_by_name("pose").experiment_id])) == len(STAGES) + 1
     assert len(client.search_model_versions("name = 'tiny'")) == 1
     assert processes_of(run.folder) == []
+
+
+SUITE_SETTINGS = ("vbench.ratios=[1-1, 16-9]", "evaluation.few_steps=[2]", "evaluation.batch_clips=3")
+PROMPTS, SEEDS, WAYS = ("a bright square", "a dark one"), 2, 3
+
+
+@pytest.fixture(scope="module")
+def suite_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A suite of two prompts, laid out as VBench's, with images of two aspect ratios."""
+    folder, noise = tmp_path_factory.mktemp("suite"), np.random.default_rng(0)
+    entries = [
+        {"prompt_en": prompt, "image_name": f"{prompt}.jpg", "dimension": ["i2v_subject", "temporal_flickering"]}
+        for prompt in PROMPTS
+    ]
+    (folder / "vbench2_i2v_full_info.json").write_text(json.dumps(entries))
+    for ratio, (width, height) in {"1-1": (60, 60), "16-9": (96, 54)}.items():
+        crops = folder / "data/crop" / ratio
+        crops.mkdir(parents=True)
+        for prompt in PROMPTS:
+            Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(crops / f"{prompt}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite_command(script: Callable[..., list[str]], suite_images: Path) -> list[str]:
+    own = (f"vbench.environment_folder={suite_images / 'environment'}", f"vbench.weights_folder={suite_images / 'w'}")
+    return script("evaluate", *SETTINGS, *SUITE_SETTINGS, *own, "--suite", "vbench_i2v", "--images", str(suite_images))
+
+
+def suite_run(command: list[str], run: Run, environment: dict[str, str], *settings: str):
+    return subprocess.run([*command, *settings], cwd=run.folder, env=environment, capture_output=True, text=True)
+
+
+def test_vbench_says_which_weights_are_missing_before_it_samples(
+    run: Run, suite_command: list[str], suite_images: Path, environment: dict[str, str]
+) -> None:
+    ended = suite_run(suite_command, run, environment, "vbench.dimensions=[i2v_subject, temporal_flickering]")
+    assert ended.returncode == 2, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    place = suite_images / "w/torch/hub/checkpoints/dino_vitbase16_pretrain.pth"
+    assert f"{place} for i2v_subject (https://dl.fbaipublicfiles.com/" in line and "Apache-2.0" in line
+    assert not (suite_images / "environment").exists()
+
+
+def test_vbenchs_own_package_scores_real_videos_and_goes_on_where_it_stopped(
+    run: Run, suite_command: list[str], suite_images: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    chosen = ("vbench.dimensions=[temporal_flickering]",)
+    total = len(PROMPTS) * 2 * WAYS
+    first = suite_run(suite_command, run, environment, *chosen, "vbench.videos_per_prompt=1")
+    assert first.returncode == 0, first.stderr
+    ended = suite_run(suite_command, run, environment, *chosen, f"vbench.videos_per_prompt={SEEDS}")
+    assert ended.returncode == 0, ended.stderr
+    sampled = [line.split()[1] for line in ended.stdout.splitlines() if line.split()[:1] == ["videos"]]
+    assert sampled[0] == f"{total}/{SEEDS * total}"  # those of the first seed were there
+
+    client = MlflowClient(run.mlflow_uri)
+    (experiment,) = [each for each in client.search_experiments() if each.name == "pose"]
+    newest = client.search_runs([experiment.experiment_id], "tags.`pose.stage` = 'vbench_i2v'")[0]
+    assert newest.data.tags["version.vbench"] == "0.1.5"
+    found = Path(newest.info.artifact_uri) / "vbench_i2v"
+    results = json.loads((found / "results.json").read_text())
+    assert len(set(results["seeds"].values())) == len(PROMPTS) * 2 * SEEDS
+    ways = ["teacher_8_nfe", "generator_1_nfe", "generator_2_nfe"]
+    cells = [f"{way}, {ratio}" for way in ways for ratio in ("1-1", "16-9")]
+    assert set(results["scores"]) == {*cells, *(f"{way}, mean" for way in ways)}
+    assert "| POSE, 1 NFE | 91.54 |" in (found / "table.md").read_text()
+    videos = {cell: sorted((found / "videos" / cell.replace(", ", "/")).glob("*.mp4")) for cell in cells}
+    assert {len(files) for files in videos.values()} == {len(PROMPTS) * SEEDS}
+    direct = direct_scores(
+        suite_images / "environment", {cell: list(map(str, files)) for cell, files in videos.items()}
+    )
+    assert {cell: row["temporal_flickering"] for cell, row in results["scores"].items() if cell in cells} == (
+        pytest.approx(direct, rel=1e-12)
+    )
+    assert len(set(direct.values())) == len(cells)
+
+
+DIRECT = """
+import importlib, json, runpy, sys
+program = runpy.run_path(sys.argv[1])
+program["import_torchvision"]()
+program["stand_in_for_visualizer"]()
+for name in json.loads(sys.argv[2]):
+    package = "vbench2_beta_i2v" if name in ("i2v_subject", "i2v_background", "camera_motion") else "vbench"
+    assert callable(getattr(importlib.import_module(f"{package}.{name}"), f"compute_{name}"))
+from vbench.temporal_flickering import temporal_flickering
+videos = json.loads(sys.argv[3])
+print(json.dumps({cell: float(temporal_flickering(files)[0]) for cell, files in videos.items()}))
+"""
+
+
+def direct_scores(environments: Path, videos: dict[str, list[str]]) -> dict[str, float]:
+    """What the package's own function says, called directly; and every dimension's function can be called there."""
+    from pose_core.evaluation import vbench, vbench_program
+
+    (python,) = environments.glob("*/bin/python")
+    arguments = (vbench_program.__file__, json.dumps(list(vbench.NEEDED)), json.dumps(videos))
+    done = subprocess.run([str(python), "-I", "-c", DIRECT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pose_core.inference.export import export_folder, model_card
+from pose_core.inference.export import export_folder
 from pose_core.inference.sampler import OneStepSampler, sample_teacher
 from pose_core.models import wan
 from pose_core.models.video_model import Condition
@@ -69,8 +69,7 @@ def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for name, value in teacher.module.state_dict().items()
     }
     teacher.save(folder / "generator", weights)
-    card = model_card("digits", "teachers/digits", FRAMES, SIDE, SIDE, {"SA": 91.5})
-    export_folder(tiny_folder, folder / "generator", folder / "model", card)
+    export_folder(tiny_folder, folder / "generator", folder / "model")
     return folder / "model"
 
 
@@ -98,7 +97,7 @@ def test_stock_diffusers_gives_the_same_video_where_this_project_is_absent(
     assert ours.std() > 0.01
 
 
-def test_it_holds_the_generators_weights_a_one_step_scheduler_and_the_card(exported: Path) -> None:
+def test_it_holds_the_generators_weights_and_a_one_step_scheduler(exported: Path) -> None:
     scheduler = json.loads((exported / "scheduler" / "scheduler_config.json").read_text())
     index = json.loads((exported / "model_index.json").read_text())
     assert scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
@@ -106,9 +105,6 @@ def test_it_holds_the_generators_weights_a_one_step_scheduler_and_the_card(expor
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     generator = (exported.parent / "generator" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert (exported / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == generator
-    card = (exported / "README.md").read_text()
-    assert "height=32, width=32, num_frames=9" in card
-    assert "| SA | 91.50 |" in card
 
 
 def test_the_teachers_folder_is_left_as_it_was(exported: Path, tiny_folder: Path) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from pose_core.errors import CheckpointError
-from pose_core.models.codec import WanCodec, latent_shape
+from pose_core.models.codec import WanCodec
+from pose_core.models.sizes import latent_shape
 
 FRAMES, SIDE, TOKENS = 9, 32, 16
 PROMPTS = ["a seven moving up and left", "an eight"]

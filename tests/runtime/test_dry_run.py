@@ -9,20 +9,50 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
 from pose_core import config
 from pose_core.data.shards import write_tar
 from pose_core.errors import PoseError
-from pose_core.models.folders import SHIPPED, local_teacher
-from pose_core.models.wan import read_config
+from pose_core.models.folders import SHIPPED, local_teacher, read_config
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.dry_run import dry_run
 from pose_core.runtime.storage import Store
 from pose_core.settings import Settings, TrackingSettings
 
-PRESETS = {"wan21_t2v_1_3b": 8, "wan21_i2v_14b": 32}
+
+class Preset(NamedTuple):
+    """What a preset must say.
+
+    Workers, clip (frames, height, width, rate), the teacher's own shift and guidance, latents and tokens of a clip, and
+    the published numbers of parameters.
+    """
+
+    workers: int
+    clip: tuple[int, int, int, int]
+    shift: float
+    guidance: float
+    latents: str
+    tokens: str
+    teacher: float
+    generator: float
+
+
+WAN_CLIP, WAN_LATENTS, WAN_TOKENS = (81, 480, 832, 16), "16 x 21 x 60 x 104", "32,760"
+PRESETS = {
+    "wan21_t2v_1_3b": Preset(8, WAN_CLIP, 3, 5, WAN_LATENTS, WAN_TOKENS, 1.42e9, 1.42e9),
+    "wan21_t2v_14b": Preset(32, WAN_CLIP, 3, 5, WAN_LATENTS, WAN_TOKENS, 14.3e9, 14.3e9),
+    "wan21_i2v_14b": Preset(32, WAN_CLIP, 3, 5, WAN_LATENTS, WAN_TOKENS, 16.4e9, 16.4e9),
+    "wan22_ti2v_5b": Preset(16, (121, 704, 1280, 24), 5, 5, "48 x 31 x 44 x 80", "27,280", 5.0e9, 5.0e9),
+    "wan22_i2v_a14b": Preset(32, WAN_CLIP, 5, 3.5, WAN_LATENTS, WAN_TOKENS, 28.6e9, 14.3e9),
+    "wan22_t2v_a14b": Preset(32, WAN_CLIP, 12, 3.5, WAN_LATENTS, WAN_TOKENS, 28.6e9, 14.3e9),
+    "ltx_2b": Preset(8, (121, 512, 704, 25), 13.5, 3, "128 x 16 x 16 x 22", "5,632", 1.92e9, 1.92e9),
+    "ltx_13b": Preset(32, (121, 704, 1216, 25), 1, 3, "128 x 16 x 22 x 38", "13,376", 13.0e9, 13.0e9),
+    "hunyuan15_i2v": Preset(16, (121, 480, 848, 24), 5, 6, "32 x 31 x 30 x 53", "49,290", 8.33e9, 8.33e9),
+    "hunyuan15_t2v": Preset(16, (121, 480, 848, 24), 5, 6, "32 x 31 x 30 x 53", "49,290", 8.33e9, 8.33e9),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,17 +105,19 @@ def test_presets_hold_the_papers_settings(name: str) -> None:
     assert (equilibrium.steps, equilibrium.learning_rate, equilibrium.ema_decay) == (1000, 2e-6, 0.995)
     assert (equilibrium.r1_sigma_space, equilibrium.r1_sigma_time) == (0.01, 0.1)
     assert equilibrium.conditional_sds_weight == 10
-    assert (data.height, data.width, data.frames, data.frames_per_second) == (480, 832, 81, 16)
-    assert {priming.guidance, equilibrium.guidance, settings.evaluation.guidance} == {5.0}
-    assert settings.model.timestep_shift == 3
-    assert settings.training.workers == PRESETS[name]
+    said = PRESETS[name]
+    assert (data.frames, data.height, data.width, data.frames_per_second) == said.clip
+    assert {priming.guidance, equilibrium.guidance, settings.evaluation.guidance} == {said.guidance}
+    assert {settings.model.timestep_shift, priming.timestep_shift, equilibrium.timestep_shift} == {said.shift}
+    assert settings.training.workers == said.workers
     assert settings.tracking == TrackingSettings()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_judge_features_down_to_the_last_block(name: str) -> None:
     settings = preset(name)
-    layers = read_config(local_teacher(settings.model.teacher, None, weights=False), "transformer")["num_layers"]
+    config = read_config(local_teacher(settings.model.teacher, None, weights=False), "transformer")
+    layers = config["num_layers"]
     blocks = settings.equilibrium.feature_blocks
     gaps = [later - earlier for earlier, later in zip(blocks, blocks[1:], strict=False)]
     assert blocks[-1] == layers - 1
@@ -94,17 +126,28 @@ def test_presets_judge_features_down_to_the_last_block(name: str) -> None:
 
 def test_runs_of_the_presets_keep_apart() -> None:
     settings = [config.Settings(), *map(preset, PRESETS)]
-    assert len({each.run.name for each in settings}) == len({each.export.registered_model for each in settings}) == 3
+    names = {each.run.name for each in settings}
+    assert len(names) == len({each.export.registered_model for each in settings}) == len(PRESETS) + 1
+
+
+def test_every_preset_is_listed_here() -> None:
+    found = {file.stem for file in SHIPPED.glob("*.yaml")}
+    assert {name for name in found if not name.startswith("digits")} == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_needs_no_weights_no_gpus_and_no_network(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(preset(name), capsys)
-    assert "3 x 81 x 480 x 832" in text and "16 x 21 x 60 x 104" in text and "32,760" in text
+    text, said = printed(preset(name), capsys), PRESETS[name]
+    frames, height, width, _ = said.clip
+    assert f"3 x {frames} x {height} x {width}" in text and said.latents in text and said.tokens in text
+    for role, published in (("generator", said.generator), ("teacher", said.teacher)):
+        counted = re.search(rf"{role} +([0-9,]+) ", text)
+        assert counted is not None
+        assert int(counted[1].replace(",", "")) == pytest.approx(published, rel=0.01), role
     assert re.search(r"storage +warning +s3://YOUR-BUCKET/pose is a placeholder", text)
     assert re.search(r"raw data +warning +s3://YOUR-BUCKET/raw is a placeholder", text)
-    assert "no cluster named" in text and f"each of {PRESETS[name]} workers holds" in text
-    assert "activations not included" in text
+    assert "no cluster named" in text and f"each of {said.workers} workers holds" in text
+    assert "see pipelines/plan.py" in text
     lines = text.splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 100
 
@@ -113,7 +156,7 @@ def test_the_14b_preset_prints_published_sizes(capsys: pytest.CaptureFixture[str
     text = printed(preset("wan21_i2v_14b"), capsys)
     assert re.search(r"generator +16,394,878,784 +61\.08 GiB", text)
     assert re.search(r"text encoder +5,680,910,336 +21\.16 GiB", text)
-    assert re.search(r"total, activations not included +13\.\d\d GiB +13\.\d\d GiB", text)
+    assert re.search(r"total between two steps +11\.\d\d GiB +11\.\d\d GiB", text)
 
 
 def test_a_small_run_checks_what_this_machine_has(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

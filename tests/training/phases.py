@@ -71,7 +71,7 @@ class Phase:
             self.networks,
             self.optimizers,
             self.turns if turns is None else turns,
-            batches(first_step),
+            batches(first_step, self.networks.mesh),
             first_step=first_step,
             steps=steps,
             seed=seed,
@@ -79,6 +79,7 @@ class Phase:
             ema_decay=0.75,
             after_step=after_step,
             non_finite_steps=3,
+            accumulation=self.settings.training.accumulation,
         )
 
     @torch.no_grad()
@@ -106,14 +107,14 @@ def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False)
     settings = config.load("", [*TINY, *CASES[name], *overrides])
     name = name.split(",")[0]
     null_text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(99))
-    networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"))
+    networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"), meta=sharded)
     if sharded:
-        build.shard_networks(networks, settings)
+        build.shard_networks(networks, settings, parallel.build_mesh(settings.training, torch.device("cpu")))
     turns = build.phase_turns(name, settings)
     return Phase(settings, networks, turns, loop.build_optimizers(networks, turns, weight_decay=0.0))
 
 
-def batches(first_step: int) -> Iterator[Batch]:
+def batches(first_step: int, mesh: parallel.Mesh | None = None) -> Iterator[Batch]:
     """This rank's rows of an endless row of global batches, each the same whatever came before it."""
     step = first_step
     while True:
@@ -121,8 +122,9 @@ def batches(first_step: int) -> Iterator[Batch]:
         shapes = (8, 3, 4, 4), (6, 32), (5, 32), (10, 3, 4, 4)
         x_0, text, *image = (torch.randn(GLOBAL_CLIPS, *shape, generator=generator) for shape in shapes)
         text[:, 4:] = 0
-        mine = GLOBAL_CLIPS // parallel.ranks()
-        rows = slice(parallel.rank() * mine, (parallel.rank() + 1) * mine)
+        place, ranks = (mesh.data_rank, mesh.data_ranks) if mesh else (parallel.rank(), parallel.ranks())
+        mine = GLOBAL_CLIPS // ranks
+        rows = slice(place * mine, (place + 1) * mine)
         yield Batch(x_0[rows], Condition(text, *image).rows(rows))
         step += 1
 

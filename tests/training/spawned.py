@@ -1,4 +1,4 @@
-"""Two ranks over gloo on loopback, each in a process of its own; shared by the tests of training."""
+"""Ranks over gloo on loopback, each in a process of its own; shared by the tests of training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LIMIT_SECONDS = 480
 Work = Callable[[int, Path, Path], dict[str, Any]]
 
 
-def run_ranks(work: Work, folder: Path, out: Path) -> list[dict[str, Any]]:
+def run_ranks(work: Work, folder: Path, out: Path, world: int = RANKS) -> list[dict[str, Any]]:
     """Run ``work(rank, folder, out)`` on every rank, wait for all of them and return what each found, by rank."""
-    context = mp.spawn(_rank, (work, folder, out), nprocs=RANKS, join=False)
+    context = mp.spawn(_rank, (work, folder, out, world), nprocs=world, join=False)
     assert context is not None
     give_up = time.monotonic() + LIMIT_SECONDS
     try:
@@ -30,13 +30,13 @@ def run_ranks(work: Work, folder: Path, out: Path) -> list[dict[str, Any]]:
             if process.is_alive():
                 process.kill()
             process.join()
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def _rank(rank: int, work: Work, folder: Path, out: Path) -> None:
+def _rank(rank: int, work: Work, folder: Path, out: Path, world: int) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
     try:
         torch.save(work(rank, folder, out), out / f"rank{rank}.pt")
     finally:

@@ -14,12 +14,12 @@ CPU = torch.device("cpu")
 LIKE = torch.zeros(2, 3, 4, 5, 6)
 
 
-def draws(*, seed: int = 0, step: int = 7, label: str = "generator/0", rank: int = 0, ranks: int = 1) -> Draws:
-    return Draws(seed, step, label, rank, ranks, CPU)
+def draws(*, seed: int = 0, step: int = 7, label: str = "generator/0", first_clip: int = 0) -> Draws:
+    return Draws(seed, step, label, first_clip, CPU)
 
 
 def test_two_ranks_together_draw_what_one_draws_for_the_whole_batch() -> None:
-    whole, (first, second) = draws(), (draws(rank=rank, ranks=2) for rank in range(2))
+    whole, (first, second) = draws(), (draws(first_clip=first) for first in (0, 2))
     both = torch.zeros(4, 3, 4, 5, 6)
     for _ in range(2):
         assert torch.equal(whole.uniform(both), torch.cat([first.uniform(LIKE), second.uniform(LIKE)]))
@@ -100,8 +100,10 @@ def test_on_the_meta_device_nothing_holds_memory(tiny_folder: Path) -> None:
     from pose_core.training.build import build_networks
 
     settings = config.load("", ["equilibrium.feature_blocks=[0, 1]"])
-    networks = build_networks(
-        "equilibrium", settings, tiny_folder, tiny_folder, torch.zeros(1, 6, 32), device=CPU, meta=True
-    )
+    null_text = torch.zeros(1, 6, 32, device="meta")
+    with null_text.device:
+        networks = build_networks(
+            "equilibrium", settings, tiny_folder, tiny_folder, null_text, device=null_text.device, meta=True
+        )
     assert networks.heads is not None
     assert all(parameter.is_meta for module in networks.modules() for parameter in module.parameters())

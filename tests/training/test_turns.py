@@ -29,7 +29,7 @@ def weights(phase: Phase) -> dict[str, Tensor]:
 
 
 def draws_of(label: str, seed: int = 0) -> Draws:
-    return Draws(seed, 0, label, 0, 1, torch.device("cpu"))
+    return Draws(seed, 0, label, 0, torch.device("cpu"))
 
 
 def named_by(phase: Phase, turns: list[turns_module.Turn]) -> set[str]:
