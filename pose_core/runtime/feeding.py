@@ -1,4 +1,7 @@
-"""What a train worker trains on: prepared shards, or raw ones that other processes decode and encode meanwhile."""
+"""What a train worker trains on: prepared shards, or raw ones that other processes decode and encode meanwhile.
+
+Light to import: Ray Train's own processes carry it too, and need neither torch nor the models.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import ray.train.collective
 
 from pose_core.data.order import Order, Place, Position
 from pose_core.errors import DataError
-from pose_core.models.folders import local_teacher
 from pose_core.runtime.batches import Batches, Chunks
 from pose_core.runtime.datasets import TRAINED_ON, Prepared, encode_clips
 from pose_core.runtime.prepared_chunks import PreparedChunks
@@ -78,7 +80,7 @@ class TrainingData:
             training.shuffle_clips,
             ahead=training.raw_chunks_ahead,
             decode_cpus=training.raw_decode_cpus,
-            encoder=partial(_encoder, self.settings),
+            encoder=partial(clip_encoder, self.settings),
             encoders=self.encoders,
             encoder_cpus=data.encoder_cpus,
             encoder_gpus=data.encoder_gpus,
@@ -87,11 +89,12 @@ class TrainingData:
         return ray.train.collective.broadcast_from_rank_zero(feed)
 
 
-def _encoder(settings: Settings) -> Callable[[Columns], Columns]:
+def clip_encoder(settings: Settings) -> Callable[[Columns], Columns]:
     """Load the frozen encoders, in the process that encodes."""
     import torch
 
     from pose_core.models.codec import WanCodec
+    from pose_core.models.folders import local_teacher
 
     teacher, data = local_teacher(settings.model.teacher, settings.model.revision), settings.data
     codec = WanCodec.load(teacher, data.text_tokens, "cuda" if torch.cuda.is_available() else "cpu")

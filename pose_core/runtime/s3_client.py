@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import lru_cache
 from typing import Any
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from pose_core.runtime.pieces import Piece, receive
 
 CONNECT_SECONDS = 3
 SILENT_SECONDS = 15
@@ -33,3 +37,21 @@ def s3_client(settings: tuple[tuple[str, str], ...], read_seconds: int, attempts
     )
     region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     return session.client("s3", region_name=region, config=config)
+
+
+def fill_piece(s3: Any, at: dict[str, str], piece: Piece) -> None:
+    """Go on reading ``piece`` of the object ``at`` bucket and key with one request, of the version it began with."""
+    condition = {"IfMatch": piece.version} if piece.version else {}
+    part = {"Range": piece.range} if piece.range else {}
+    try:
+        answer = s3.get_object(**at, **condition, **part)
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 416 or piece.at:
+            raise
+        piece.size = 0  # no range fits into an empty object
+        return
+    with contextlib.closing(answer["Body"]) as body:
+        piece.version = answer.get("ETag", "")
+        _, _, total = answer.get("ContentRange", "").rpartition("/")
+        piece.size = int(total) if total.isdecimal() else piece.at + answer["ContentLength"]
+        receive(body, piece, answer["ContentLength"])

@@ -23,8 +23,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pose_core.errors import StorageError
 from pose_core.runtime.local_files import is_partial, partial_name, replace_folder, write_whole
-from pose_core.runtime.pieces import Piece, receive
-from pose_core.runtime.s3_client import CONNECT_SECONDS, SILENT_SECONDS, s3_client
+from pose_core.runtime.pieces import Piece
+from pose_core.runtime.s3_client import CONNECT_SECONDS, SILENT_SECONDS, fill_piece, s3_client
 from pose_core.runtime.storage_errors import explain
 
 _READ_SECONDS = 60
@@ -271,23 +271,8 @@ class _BucketStore(Store):
             return bytes(s3.get_object(**self._at(key))["Body"].read())
 
     def fill(self, piece: Piece) -> None:
-        condition = {"IfMatch": piece.version} if piece.version else {}
-        # A range that begins behind the end of an object, as any does of an empty one, is an error.
-        part = {"Range": piece.range} if piece.range else {}
         with self._s3(piece.key, read_seconds=SILENT_SECONDS, attempts=1) as s3:
-            try:
-                answer = s3.get_object(**self._at(piece.key), **condition, **part)
-            except ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 416 or piece.at:
-                    raise
-                piece.size = 0  # no range fits into an empty object
-                return
-            body, length = answer["Body"], answer["ContentLength"]
-            with contextlib.closing(body):
-                piece.version = answer.get("ETag", "")
-                _, _, total = answer.get("ContentRange", "").rpartition("/")
-                piece.size = int(total) if total.isdecimal() else piece.at + length
-                receive(body, piece, length)
+            fill_piece(s3, self._at(piece.key), piece)
 
     def write_bytes(self, key: str, data: bytes) -> None:
         with self._s3(key) as s3:
