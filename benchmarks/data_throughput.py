@@ -153,7 +153,7 @@ def open_raw(files: SteadyFiles, stack: ExitStack, **plan: Any) -> Batches:
     rules = ClipRules(FRAMES, plan.pop("side", SIDE), plan.pop("width", SIDE), RATE)
     found = RawClips(files, tuple(f"raw/{tar:03}.tar" for tar in range(TARS)), rules, 0.0)
     order = Order(TARS, SIDE_BY_SIDE, seed=0)
-    feed = start_feed(RawPlan(found, order, CHUNK, AHEAD, decode_cpus=1.0, **plan), Position(), 1)
+    feed = start_feed(RawPlan(found, order, CHUNK, AHEAD, decode_cpus=0.9, **plan), Position(), 1)
     return stack.enter_context(
         Batches(RawChunks(feed, Position()), order, Position(), batch=BATCH, rank=0, ranks=1, ahead=4)
     )

@@ -104,16 +104,18 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead; returns when nothing is read any more."""
         self._closed.set()
         self._chunks.close()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self, work: Callable[[], Iterator[Any]], out: queue.Queue[Any]) -> None:
         """Put what ``work`` gives into ``out``, at last the error that ended it."""
         try:
             for item in work():
                 self._put(out, item)
-        except _ClosedError:
+        except ClosedError:
             pass
         except BaseException as error:
             self._put(out, error)
@@ -131,7 +133,7 @@ class Batches:
                 item = source.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 if self._closed.is_set():
-                    raise _ClosedError from None
+                    raise ClosedError from None
                 continue
             if isinstance(item, BaseException):
                 raise item
@@ -139,7 +141,7 @@ class Batches:
 
     def _announce(self, planned: Planned) -> Planned:
         if self._closed.is_set():
-            raise _ClosedError
+            raise ClosedError
         own = Counter((place.chunk, place.bucket) for place in planned.slice(self._rank, self._ranks))
         with self._lock:
             self._window = planned.window
@@ -169,7 +171,7 @@ class Batches:
         return {name: _column([columns[name][row] for columns, row in found]) for name in found[0][0]}
 
 
-class _ClosedError(Exception):
+class ClosedError(Exception):
     """Nobody listens any more."""
 
 

@@ -16,6 +16,7 @@ import ray
 
 from pose_core.data.order import Chunk, Order, Position
 from pose_core.errors import PoseError
+from pose_core.runtime.batches import ClosedError
 from pose_core.runtime.cluster import INDEX_CPUS
 from pose_core.runtime.raw_clips import Index, RawClips
 
@@ -40,6 +41,7 @@ class RawPlan:
     encoder_gpus: float = 0.0
 
 
+_POLL_SECONDS = 0.5
 Contents = tuple[dict[str, int], list[str]]
 """Clips by bucket, and the lines of the quarantine."""
 Blocks = dict[str, dict[str, Any]]
@@ -183,6 +185,7 @@ class RawChunks:
 
     def __init__(self, feed: Any, position: Position):
         self._feed = feed
+        self._closed = threading.Event()
         self._blocks: dict[tuple[Chunk, str], Any] = {}
         self._fetched: dict[tuple[Chunk, str], dict[str, Any]] = {}
         for chunk in sorted({place.chunk for place in position.left}):
@@ -190,7 +193,7 @@ class RawChunks:
 
     def counts(self, chunk: Chunk) -> dict[str, int] | None:
         """Clips by bucket; None behind the shard's end. Waits until they are decoded."""
-        answer = _get(self._feed.chunk.remote(chunk))
+        answer = self._get(self._feed.chunk.remote(chunk))
         if answer is None:
             return None
         counts, (blocks,) = answer
@@ -204,7 +207,7 @@ class RawChunks:
     def rows(self, chunk: Chunk, bucket: str) -> dict[str, Any]:
         """Columns of a bucket's clips in a chunk; waits until they are made."""
         if (chunk, bucket) not in self._fetched:
-            self._fetched[chunk, bucket] = _get(self._blocks[chunk, bucket])[bucket]
+            self._fetched[chunk, bucket] = self._get(self._blocks[chunk, bucket])[bucket]
         return self._fetched[chunk, bucket]
 
     def drop(self, chunk: Chunk, bucket: str) -> None:
@@ -212,8 +215,20 @@ class RawChunks:
         self._blocks.pop((chunk, bucket), None)
         self._fetched.pop((chunk, bucket), None)
 
+    def _get(self, reference: Any) -> Any:
+        while not self._closed.is_set():
+            try:
+                return ray.get(reference, timeout=_POLL_SECONDS)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise ours(error) from None
+        # Asking on would start a cluster of its own, once this process has left the one it was in.
+        raise ClosedError
+
     def close(self) -> None:
-        """The feed ends with the process that made it."""
+        """Whoever waits here is told that it is over. The feed ends with the process that made it."""
+        self._closed.set()
 
 
 def start_feed(plan: RawPlan, position: Position, ranks: int) -> Any:
@@ -221,13 +236,6 @@ def start_feed(plan: RawPlan, position: Position, ranks: int) -> Any:
     # Each worker waits in one call, and the quarantine may be asked for beside them.
     options = {"num_cpus": 0, "max_concurrency": ranks + 2}
     return ray.remote(Feed).options(**options).remote(plan, position, ranks)
-
-
-def _get(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise ours(error) from None
 
 
 def ours(error: Exception) -> Exception:
