@@ -17,6 +17,7 @@ from pose_core.data.order import Chunk, Order, Place, Planned, Position, plan
 READY_BATCHES = 2
 """Batches that wait, ready, for the training step."""
 _POLL_SECONDS = 0.2
+_CLOSE_SECONDS = 5
 
 
 class Chunks(Protocol):
@@ -36,6 +37,10 @@ class Chunks(Protocol):
 
     def drop(self, chunk: Chunk, bucket: str) -> None:
         """These rows are not needed any more; they may never have been wanted."""
+        ...
+
+    def refused(self) -> list[str]:
+        """A line of JSON for each clip of the first epoch that could not be used, as far as it has been read."""
         ...
 
     def close(self) -> None:
@@ -103,12 +108,16 @@ class Batches:
         self.position = batch.after
         return batch
 
+    def refused(self) -> list[str]:
+        """See ``Chunks.refused``."""
+        return self._chunks.refused()
+
     def close(self) -> None:
-        """Stop reading ahead; returns when nothing is read any more."""
+        """Stop reading ahead; returns when nothing is read any more, or soon."""
         self._closed.set()
         self._chunks.close()
         for thread in self._threads:
-            thread.join()
+            thread.join(_CLOSE_SECONDS)
 
     def _run(self, work: Callable[[], Iterator[Any]], out: queue.Queue[Any]) -> None:
         """Put what ``work`` gives into ``out``, at last the error that ended it."""

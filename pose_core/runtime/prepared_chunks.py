@@ -52,6 +52,10 @@ class PreparedChunks:
         """Forget a chunk."""
         self._loads.pop((chunk, bucket), None)
 
+    def refused(self) -> list[str]:
+        """None: what was prepared can be used."""
+        return []
+
     def close(self) -> None:
         """Stop reading."""
         self._readers.shutdown(wait=False, cancel_futures=True)

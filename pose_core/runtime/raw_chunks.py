@@ -226,6 +226,10 @@ class RawChunks:
         # Asking on would start a cluster of its own, once this process has left the one it was in.
         raise ClosedError
 
+    def refused(self) -> list[str]:
+        """Lines of the quarantine, see ``Feed.quarantine``."""
+        return self._get(self._feed.quarantine.remote())
+
     def close(self) -> None:
         """Whoever waits here is told that it is over. The feed ends with the process that made it."""
         self._closed.set()

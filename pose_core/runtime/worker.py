@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pose_core.data.order import Position
-from pose_core.errors import PoseError
+from pose_core.errors import CheckpointError, PoseError
 from pose_core.models.folders import local_teacher
 from pose_core.models.video_model import Condition
 from pose_core.runtime.batches import Batches
@@ -46,11 +46,13 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
     device = ray.train.torch.get_device()
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        networks = _networks(job, Path(scratch), device)
         turns = build.phase_turns(job.phase, settings)
-        optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
-        done, position = _restore(networks, optimizers)
-        batches = stack.enter_context(job.data.batches(position, parallel.rank(), parallel.ranks()))
+        with _checkpoint_folder() as restored:
+            # First of all, so that data are read while networks are built.
+            batches = stack.enter_context(job.data.batches(_position(restored), parallel.rank(), parallel.ranks()))
+            networks = _networks(job, Path(scratch), device)
+            optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
+            done = checkpoint.load(restored, networks, optimizers) if restored else 0
         watch = _Watch(job, networks, optimizers, device, done, batches)
         loop.train(
             networks,
@@ -81,17 +83,24 @@ def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
     return networks
 
 
-def _restore(networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> tuple[int, Position]:
-    """Go on from Ray Train's last checkpoint, if there is one; the number of finished steps, and where its data go on.
-
-    The position is the same whatever the number of workers.
-    """
+@contextlib.contextmanager
+def _checkpoint_folder() -> Iterator[Path | None]:
+    """Ray Train's last checkpoint, to go on from, if there is one."""
     found = ray.train.get_checkpoint()
     if found is None:
-        return 0, Position()
-    with found.as_directory() as folder:
-        done = checkpoint.load(Path(folder), networks, optimizers)
-        return done, Position.from_json((Path(folder) / POSITION).read_text())
+        yield None
+    else:
+        with found.as_directory() as folder:
+            yield Path(folder)
+
+
+def _position(restored: Path | None) -> Position:
+    """Where a checkpoint's data go on; the same whatever the number of workers."""
+    if restored is None:
+        return Position()
+    if not (restored / POSITION).is_file():
+        raise CheckpointError(f"the last checkpoint of this phase has no {POSITION}: choose another run.name")
+    return Position.from_json((restored / POSITION).read_text())
 
 
 def _to_batch(rows: dict[str, Any], device: torch.device) -> Batch:
@@ -150,6 +159,8 @@ class _Watch:
         """Put back what an alarm asks for and log the last samples; every curve is in MLflow when this returns."""
         self.validation.log_pictures(self._go_back() if self.stopped else self.job.steps)
         if self.rank == 0:
+            if refused := self.data.refused():
+                self.job.artifact.write_bytes("quarantine.jsonl", "".join(line + "\n" for line in refused).encode())
             self.job.tracker.flush()
 
     def _report(self, step: int, values: dict[str, float]) -> None:
