@@ -153,7 +153,9 @@ def open_raw(files: SteadyFiles, stack: ExitStack, **plan: Any) -> Batches:
     rules = ClipRules(FRAMES, plan.pop("side", SIDE), plan.pop("width", SIDE), RATE)
     found = RawClips(files, tuple(f"raw/{tar:03}.tar" for tar in range(TARS)), rules, 0.0)
     order = Order(TARS, SIDE_BY_SIDE, seed=0)
-    feed = start_feed(RawPlan(found, order, CHUNK, AHEAD, decode_cpus=0.9, **plan), Position(), 1)
+    # Two at a time on two CPUs, with room for what looks up where samples are, and for an encoder.
+    feed = start_feed(RawPlan(found, order, CHUNK, AHEAD, decode_cpus=0.8, **plan), Position(), 1)
+    stack.callback(ray.kill, feed)
     return stack.enter_context(
         Batches(RawChunks(feed, Position()), order, Position(), batch=BATCH, rank=0, ranks=1, ahead=4)
     )
@@ -221,14 +223,24 @@ def ratio(figure: str, rate: dict[str, list[float]], ours: str, theirs: str, bar
     return Figure(figure, median(each), "x", bar, len(each))
 
 
-def first_batch(files: SteadyFiles) -> Figure:
-    """From nothing but a running cluster to the first batch of latents: encoders start, clips come and are encoded."""
-    settings = config.load("", [])
-    with ExitStack() as stack:
-        started = time.perf_counter()
-        encoder = partial(clip_encoder, settings)
-        next(open_raw(files, stack, encoder=encoder, encoder_cpus=0.5, side=32, width=32))
-        return Figure("seconds_to_first_batch", time.perf_counter() - started, "s", 10.0, 1)
+def first_batches(files: SteadyFiles) -> list[Figure]:
+    """From a running cluster to the first batch: of prepared shards, of raw clips as pixels, and encoded.
+
+    The last one is the longest way: encoders start, clips are decoded and encoded.
+    """
+    encoder = partial(clip_encoder, config.load("", []))
+    ways: dict[str, Callable[[ExitStack], Batches]] = {
+        "_prepared": lambda stack: stack.enter_context(open_prepared(files, SHARDS)),
+        "_raw_pixels": lambda stack: open_raw(files, stack),
+        "": lambda stack: open_raw(files, stack, encoder=encoder, encoder_cpus=0.2, side=32, width=32),
+    }
+    figures = []
+    for name, way in ways.items():
+        with ExitStack() as stack:
+            started = time.perf_counter()
+            next(way(stack))
+            figures.append(Figure(f"seconds_to_first_batch{name}", time.perf_counter() - started, "s", 10.0, 1))
+    return figures
 
 
 def peak_memory(uri: str, shards: int) -> None:
@@ -277,7 +289,7 @@ def run(arguments: argparse.Namespace) -> None:
             sides.enter_context(LocalRay(folder / "ray"))
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
             sides.callback(ray.shutdown)
-            figures.append(first_batch(files))
+            figures += first_batches(files)
             rate = rates(
                 {"ours": raw(files, sides), "pyav": bare, "webdataset": loader},
                 WARM_CLIPS,
