@@ -47,7 +47,7 @@ def train(command: list[str], folder: Path, environment: dict[str, str], until: 
     return process.returncode
 
 
-@pytest.mark.parametrize(("train_from", "workers"), [("prepared", (2, 1, 2)), ("raw", (2, 1))])
+@pytest.mark.parametrize(("train_from", "workers"), [("prepared", (2, 1, 2)), ("raw", (1, 2))])
 def test_each_clip_comes_once_an_epoch_although_workers_come_and_go(
     script: Callable[..., list[str]],
     environment: dict[str, str],
