@@ -61,6 +61,8 @@ BATCH, CHUNK, SIDE_BY_SIDE, AHEAD = 8, 16, 4, 4
 WARM_CLIPS, TIMED_CLIPS = (SIDE_BY_SIDE + AHEAD) * CHUNK, 192
 WARM_SHARDS, TIMED_SHARDS = 24, 40
 DEMO_STEPS = 30
+KEEP_WORKERS = {"RAY_num_workers_soft_limit": "8"}
+"""Ray ends workers that idle, and ours do while the other sides have their turns; in a run that goes on they never do."""
 COLUMNS = ("key", *TRAINED_ON)
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -286,7 +288,7 @@ def run(arguments: argparse.Namespace) -> None:
         figures.append(memory_growth(store.uri))
         with ExitStack() as sides:
             bare, loader = pyav(store.uri, sides), with_webdataset(store.uri, sides)
-            sides.enter_context(LocalRay(folder / "ray"))
+            sides.enter_context(LocalRay(folder / "ray", KEEP_WORKERS))
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
             sides.callback(ray.shutdown)
             figures += first_batches(files)
