@@ -62,7 +62,7 @@ WARM_CLIPS, TIMED_CLIPS = (SIDE_BY_SIDE + AHEAD) * CHUNK, 192
 WARM_SHARDS, TIMED_SHARDS = 24, 40
 DEMO_STEPS = 30
 KEEP_WORKERS = {"RAY_num_workers_soft_limit": "8"}
-"""Ray ends workers that idle, and ours do while the other sides have their turns; in a run that goes on they never do."""
+"""Ray ends workers that idle, as ours do while the other sides have their turns; a run that goes on keeps them busy."""
 COLUMNS = ("key", *TRAINED_ON)
 PROJECT = Path(__file__).resolve().parents[1]
 
