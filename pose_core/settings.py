@@ -36,6 +36,9 @@ class StorageSettings(Section):
 
     uri: Annotated[str, Field(min_length=1)] = "embedded"
     """``embedded`` starts SeaweedFS on loopback; ``s3://bucket/prefix`` is any S3 store; anything else is a folder."""
+    retry_seconds: Annotated[float, Field(ge=0, le=86400)] = 120.0
+    """How long reading shards goes on trying a store that does not answer, answers 500 or 503, sends too slowly, cuts
+    objects off or refuses credentials, which are read anew, before the run ends."""
 
 
 class TrackingSettings(Section):
@@ -74,6 +77,10 @@ class DataSettings(Section):
     digits_level: Literal["one", "two"] = "two"
     """Digits in a clip: one, or two that pass each other."""
     digits_clips_per_tar: PositiveInt = 64
+    train_from: Literal["prepared", "raw"] = "prepared"
+    """Where training clips come from: shards that ``prepare_data`` writes once, or the raw shards themselves, which
+    other processes decode and encode while the workers train, with nothing stored. Held-out clips are always prepared.
+    """
     frames: PositiveInt = 17
     """Frames of a training clip, 4k+1 or as the model's temporal compression asks."""
     height: PositiveInt = 16
@@ -120,6 +127,16 @@ class TrainingSettings(Section):
     threads_per_worker: NonNegativeInt = 1
     """Threads torch may use on the CPU (0 leaves torch's own choice)."""
     batch_per_worker: PositiveInt = 8
+    shuffle_shards: PositiveInt = 8
+    """Shards that are read side by side, at best a multiple of ``workers``: then no two workers read the same."""
+    shuffle_clips: PositiveInt = 64
+    """Clips of each of them that are in memory, and shuffled, at a time."""
+    raw_chunks_ahead: PositiveInt = 4
+    """With ``data.train_from=raw``: so many times ``shuffle_clips`` clips are decoded and encoded ahead, at once."""
+    raw_decode_cpus: Annotated[float, Field(gt=0)] = 0.5
+    """What a task that decodes raw clips asks Ray for."""
+    log_clips: bool = False
+    """Store with each checkpoint which clips the steps before it trained on, in ``clips/`` of the phase's artifact."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of computation and of gathered parameters; master weights and reductions stay float32."""
     activation_checkpointing: bool = False

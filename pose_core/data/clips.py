@@ -201,6 +201,8 @@ def cut(frames: np.ndarray, timestamps: np.ndarray, rules: ClipRules) -> list[np
 
 def _check_content(clip: np.ndarray, rules: ClipRules) -> None:
     """Refuse a blank or a still ``clip`` (uint8 ``[T, H, W, 3]``). Frame by frame, to stay small in memory."""
+    if not rules.min_brightness_range and not rules.min_motion:
+        return
     grey = [frame @ LUMA for frame in clip]
     brightness_range = max(frame.max() for frame in grey) - min(frame.min() for frame in grey)
     if brightness_range < rules.min_brightness_range:

@@ -5,11 +5,12 @@ Everything is bytes in, bytes out; where shards lie is not this module's busines
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -22,6 +23,8 @@ from pose_core.data.clips import ClipRules, encode_mp4
 from pose_core.data.moving_digits import CLEAR_PIXELS, DIGIT_PIXELS, SPLITS, draw_clip, render
 from pose_core.errors import DataError
 
+HELDOUT = SPLITS[1:]
+"""Splits that are kept from training: what is watched while training, and what is reported."""
 SHARD_VERSION = "1"
 VERSION_KEY = b"pose.shard_version"
 ROW_GROUP_BYTES = 64 * 2**20
@@ -99,6 +102,23 @@ def digits_tar(seed: int, index: int, clips: int, split: str, level: str, rules:
     return buffer.getvalue()
 
 
+def split_of(split: str, key: str, heldout_fraction: float) -> str:
+    """A clip's own split; or else, by the hash of its key, ``validation`` and ``test`` for half of the share each."""
+    if split:
+        return split
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+    return "validation" if place < heldout_fraction / 2 else "test" if place < heldout_fraction else "train"
+
+
+def may_be_heldout(sample: Mapping[str, Any], fraction: float) -> bool:
+    """Whether a raw sample is kept from training, by its caption and key alone; also where the caption cannot tell."""
+    try:
+        caption = json.loads(sample["json"])
+        return split_of(caption.get("split") or "", sample["__key__"], fraction) != "train"
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return True
+
+
 def quarantine_line(row: Mapping[str, Any]) -> str:
     """One JSON line, without its newline, that names an unusable clip: ``key``, ``shard`` and ``reason``."""
     return json.dumps({name: row[name] for name in ("key", "shard", "reason")})
@@ -174,7 +194,35 @@ def read_parquet_bytes(content: bytes) -> pa.Table:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError):
         raise DataError("a training shard is not readable Parquet: run prepare_data again") from None
-    version = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode("utf-8", "replace")
+    _check_version(table.schema)
+    return table
+
+
+def read_rows(file: IO[bytes], columns: Sequence[str], start: int, stop: int, rows: int) -> dict[str, Any]:
+    """Rows ``start`` to ``stop`` of an open training shard of ``rows`` rows, of those ``columns`` that it has.
+
+    Only row groups that hold any of them are read.
+
+    Raises:
+        DataError: not Parquet, a training shard of another version, or one with another number of rows.
+    """
+    try:
+        with pq.ParquetFile(file) as shard:
+            _check_version(shard.schema_arrow)
+            found = shard.metadata.num_rows
+            if found != rows:
+                raise DataError(f"a training shard has {found} rows instead of {rows}: run prepare_data again")
+            ends = np.cumsum([shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)])
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            names = [name for name in columns if name in shard.schema_arrow.names]
+            table = shard.read_row_groups(range(first, last + 1), columns=names, use_threads=False)
+            before = int(ends[first - 1]) if first else 0
+            return from_table(table.slice(start - before, stop - start))
+    except (pa.ArrowException, OSError):
+        raise DataError("a training shard is not readable Parquet: run prepare_data again") from None
+
+
+def _check_version(schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(VERSION_KEY, b"none").decode("utf-8", "replace")
     if version != SHARD_VERSION:
         raise DataError(f"training shard version {version}, this program reads {SHARD_VERSION}: run prepare_data again")
-    return table

@@ -11,22 +11,32 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from pose_core.data.clips import ClipRules, clips_of
-from pose_core.data.shards import from_table, parquet_bytes, quarantine_line, read_parquet_bytes, to_table
+from pose_core.data.moving_digits import SPLITS
+from pose_core.data.shards import (
+    HELDOUT,
+    from_table,
+    may_be_heldout,
+    parquet_bytes,
+    quarantine_line,
+    read_parquet_bytes,
+    split_of,
+    to_table,
+)
 from pose_core.errors import DataError
 from pose_core.runtime.storage import Store
 from pose_core.settings import DataSettings
 
+if TYPE_CHECKING:
+    from pose_core.models.codec import WanCodec
+
 TRAINED_ON = ("latents", "text", "image", "first_frame")
 NULL_TEXT = "null_text.parquet"
-HELDOUT = ("validation", "test")
-"""Splits that are kept from training: what is watched while training, and what is reported."""
-SPLITS = ("train", *HELDOUT)
 
 
 def clip_rules(data: DataSettings) -> ClipRules:
@@ -56,7 +66,10 @@ def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher
         decoder=None,
         include_paths=True,
         override_num_blocks=len(tars),
-    ).flat_map(lambda sample: clips_of(_with_shard(sample), rules), num_cpus=0.5)
+    )
+    if data.train_from == "raw":
+        rows = rows.filter(lambda sample: may_be_heldout(sample, data.heldout_fraction))
+    rows = rows.flat_map(lambda sample: clips_of(_with_shard(sample), rules), num_cpus=0.5)
     encoded = rows.map_batches(
         Encoder,
         fn_constructor_args=(teacher, data.text_tokens, out),
@@ -106,11 +119,16 @@ class Encoder:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         video = np.stack(list(rows["video"]))
-        condition = self.codec.encode_condition(list(rows["prompt"]), video[:, 0], video.shape[1])
-        encoded = {"latents": self.codec.encode_video(video), "text": condition.text}
-        if condition.image is not None and condition.first_frame is not None:
-            encoded |= {"image": condition.image, "first_frame": condition.first_frame}
-        return rows | {"video": video} | {name: value.float().cpu().numpy() for name, value in encoded.items()}
+        return rows | {"video": video} | encode_clips(self.codec, list(rows["prompt"]), video)
+
+
+def encode_clips(codec: WanCodec, prompts: list[str], video: np.ndarray) -> dict[str, np.ndarray]:
+    """Clips ``[B, F, H, W, 3]`` uint8 and their prompts to the columns that training reads, float32."""
+    condition = codec.encode_condition(prompts, video[:, 0], video.shape[1])
+    encoded = {"latents": codec.encode_video(video), "text": condition.text}
+    if condition.image is not None and condition.first_frame is not None:
+        encoded |= {"image": condition.image, "first_frame": condition.first_frame}
+    return {name: value.float().cpu().numpy() for name, value in encoded.items()}
 
 
 def write_shard(rows: dict[str, np.ndarray], out: Store, heldout_fraction: float) -> dict[str, np.ndarray]:
@@ -131,14 +149,6 @@ def write_shard(rows: dict[str, np.ndarray], out: Store, heldout_fraction: float
     return {"report": np.array([json.dumps(report)])}
 
 
-def split_of(split: str, key: str, heldout_fraction: float) -> str:
-    """A clip's own split; or else, by the hash of its key, ``validation`` and ``test`` for half of the share each."""
-    if split:
-        return split
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
-    return "validation" if place < heldout_fraction / 2 else "test" if place < heldout_fraction else "train"
-
-
 @dataclass(frozen=True)
 class Prepared:
     """The training shards of a run: where they are and how many rows each holds."""
@@ -149,22 +159,6 @@ class Prepared:
     def rows(self, split: str) -> int:
         """Clips in a split."""
         return sum(rows for name, rows in self.shards.items() if name.startswith(f"{split}/"))
-
-    def stream(self, rows: int, seed: int) -> ray.data.Dataset:
-        """At least ``rows`` training rows: epoch after epoch, shards and the rows in them in a new order each."""
-        names = sorted(name for name in self.shards if name.startswith("train/"))
-        if not names:
-            raise DataError("no clip was prepared for training: see the quarantine file", in_call=True)
-        parts: list[dict[str, Any]] = []
-        epoch = planned = 0
-        while planned < rows:
-            for index in np.random.default_rng([seed, epoch]).permutation(len(names)):
-                parts.append({"shard": names[index], "seed": [seed, epoch, int(index)]})
-                planned += self.shards[names[index]]
-            epoch += 1
-        _in_order_and_quiet()
-        source = ray.data.from_items(parts, override_num_blocks=len(parts))
-        return source.map_batches(read_shard, fn_args=(self.store,), batch_size=1, num_cpus=0.25)
 
     def heldout(self, split: str, rows: int) -> dict[str, Any]:
         """The first ``rows`` rows of ``validation`` or ``test``, every column; fewer where there are fewer.
@@ -191,10 +185,3 @@ class Prepared:
     def null_text(self) -> np.ndarray:
         """Embeddings of the empty prompt, ``[1, L, D]``."""
         return np.asarray(from_table(read_parquet_bytes(self.store.read_bytes(NULL_TEXT)))["text"])
-
-
-def read_shard(part: dict[str, np.ndarray], store: Store) -> dict[str, np.ndarray]:
-    """The tensor columns of one shard, its rows shuffled by the part's seed."""
-    columns = from_table(read_parquet_bytes(store.read_bytes(str(part["shard"][0]))))
-    order = np.random.default_rng(np.asarray(part["seed"][0]).tolist()).permutation(len(columns["key"]))
-    return {name: np.asarray(columns[name])[order] for name in TRAINED_ON if name in columns}

@@ -126,7 +126,8 @@ def _cluster(settings: Settings) -> Check:
         return Check("cluster", UNCHECKED, f"no cluster named, set RAY_ADDRESS=http://HOST:8265: {asked} are needed")
     else:
         available, place = cluster.Capacity(os.cpu_count() or 1, 0, autoscales=False), "this machine"
-    cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker)
+    beside = cluster.data_cpus(settings)
+    cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker, beside)
     grows = " and may grow" if available.autoscales else ""
     return Check(
         "cluster", OK, f"{place} has {available.cpus:g} CPUs and {available.gpus:g} GPUs{grows}; {asked} are needed"

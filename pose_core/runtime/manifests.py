@@ -67,6 +67,8 @@ _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
     "data": frozenset({"encoder_actors", "encoder_batch_clips", "encoder_cpus", "encoder_gpus"}),
     "training": frozenset(
         {"cpus_per_worker", "gpus_per_worker", "threads_per_worker", "activation_checkpointing", "max_failures"}
+        # Each clip comes once an epoch whatever their number, so a run may go on with other workers.
+        | {"workers", "raw_chunks_ahead", "raw_decode_cpus", "log_clips"}
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),

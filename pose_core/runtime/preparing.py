@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pose_core.data.shards import digits_tar
+from pose_core.data.shards import HELDOUT, digits_tar
 from pose_core.errors import DataError
-from pose_core.runtime.datasets import HELDOUT, Prepared, clip_rules, prepare
+from pose_core.runtime.datasets import Prepared, clip_rules, prepare
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
 from pose_core.settings import DataSettings
@@ -88,7 +88,7 @@ def prepare_shards(run: StageRun, raw: RawShards, teacher: Path) -> None:
     run.artifact.write_json("shards.json", shards)
     reasons = Counter(json.loads(line)["reason"].split(",")[0] for line in quarantine)
     prepared = Prepared(run.artifact, shards)
-    if not prepared.rows("train"):
+    if not prepared.rows("train") and run.settings.data.train_from == "prepared":
         most = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "there was none"
         raise DataError(
             f"no clip of {raw.store.uri} is left for training ({most}): relax the data.min_… settings or name "

@@ -13,24 +13,22 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import boto3
 import pyarrow
 import pyarrow.fs
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pose_core.errors import StorageError
 from pose_core.runtime.local_files import is_partial, partial_name, replace_folder, write_whole
+from pose_core.runtime.pieces import Piece
+from pose_core.runtime.s3_client import CONNECT_SECONDS, SILENT_SECONDS, fill_piece, s3_client
 from pose_core.runtime.storage_errors import explain
 
 _READ_SECONDS = 60
 _PROBE_SECONDS = 4
-_CONNECT_SECONDS = 3
 _ATTEMPTS = 3
 _CHUNK_BYTES = 8 << 20
 _LOCAL = pyarrow.fs.LocalFileSystem()
@@ -99,6 +97,14 @@ class Store(ABC):
     @abstractmethod
     def read_bytes(self, key: str) -> bytes:
         """The whole object; meant for small ones."""
+
+    @abstractmethod
+    def fill(self, piece: Piece) -> None:
+        """Go on reading ``piece`` from where it stands, with one request; what came before an error stays in it.
+
+        Raises:
+            StorageError: also where the object is not ``piece.version`` any more. ``passing`` ones are worth a retry.
+        """
 
     @abstractmethod
     def write_bytes(self, key: str, data: bytes) -> None:
@@ -181,6 +187,18 @@ class _FolderStore(Store):
         with _one_line(self.url(key)):
             return Path(self.url(key)).read_bytes()
 
+    def fill(self, piece: Piece) -> None:
+        with _one_line(self.url(piece.key)), Path(self.url(piece.key)).open("rb") as file:
+            found = os.fstat(file.fileno())
+            version = f"{found.st_size}-{found.st_mtime_ns}"
+            if piece.version not in ("", version):
+                raise OSError("PreconditionFailed")
+            piece.version, piece.size = version, found.st_size
+            file.seek(piece.at)
+            piece.data += file.read(min(piece.stop, piece.size) - piece.at)
+            if not piece.whole:
+                raise ConnectionError("cut off")
+
     def write_bytes(self, key: str, data: bytes) -> None:
         with _one_line(self.url(key)):
             write_whole(Path(self.url(key)), data)
@@ -204,10 +222,10 @@ class _BucketStore(Store):
         return {"Bucket": bucket, "Key": full_key}
 
     @contextlib.contextmanager
-    def _s3(self, key: str = "", read_seconds: int = _READ_SECONDS) -> Iterator[Any]:
+    def _s3(self, key: str = "", read_seconds: int = _READ_SECONDS, attempts: int = _ATTEMPTS) -> Iterator[Any]:
         with _one_line(self.url(key)):
             settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-            yield _s3_client(settings, read_seconds)
+            yield s3_client(settings, read_seconds, attempts)
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
         with self._s3() as s3:
@@ -221,7 +239,7 @@ class _BucketStore(Store):
                 allow_bucket_creation=False,
                 # Or copy_files, which Ray Train uses too, drops the errors of its uploads.
                 background_writes=False,
-                connect_timeout=_CONNECT_SECONDS,
+                connect_timeout=CONNECT_SECONDS,
                 request_timeout=_READ_SECONDS,
                 retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
                 tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE") or None,
@@ -252,6 +270,10 @@ class _BucketStore(Store):
         with self._s3(key) as s3:
             return bytes(s3.get_object(**self._at(key))["Body"].read())
 
+    def fill(self, piece: Piece) -> None:
+        with self._s3(piece.key, read_seconds=SILENT_SECONDS, attempts=1) as s3:
+            fill_piece(s3, self._at(piece.key), piece)
+
     def write_bytes(self, key: str, data: bytes) -> None:
         with self._s3(key) as s3:
             s3.put_object(**self._at(key), Body=data)
@@ -276,22 +298,6 @@ class _BucketStore(Store):
                 batch = {"Objects": keys[start : start + 1000], "Quiet": True}
                 if failed := s3.delete_objects(Bucket=bucket, Delete=batch).get("Errors"):
                     raise ClientError({"Error": failed[0]}, "DeleteObjects")
-
-
-@lru_cache(maxsize=8)
-def _s3_client(settings: tuple[tuple[str, str], ...], read_seconds: int) -> Any:
-    """A client, kept for as long as the ``AWS_*`` variables are ``settings``: making one takes tenths of a second."""
-    session = boto3.session.Session()
-    config = Config(
-        connect_timeout=_CONNECT_SECONDS,
-        read_timeout=read_seconds,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        # Not every S3 store knows the newer checksums.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-    return session.client("s3", region_name=region, config=config)
 
 
 @contextlib.contextmanager
