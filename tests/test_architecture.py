@@ -30,7 +30,7 @@ MAY_IMPORT = {
 """Part of the project: the parts of ``pose_core`` it may import."""
 
 MODELS = ("pose_core/models/", "pose_core/inference/")
-STORAGE = ("pose_core/runtime/storage.py", "pose_core/runtime/storage_errors.py")
+STORAGE = tuple(f"pose_core/runtime/{name}.py" for name in ("storage", "storage_errors", "s3_client"))
 AT_HOME = {
     "ray": ("pose_core/runtime/",),
     "torch.distributed": ("pose_core/training/parallel.py", "pose_core/training/checkpoint.py"),

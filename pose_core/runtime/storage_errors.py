@@ -46,6 +46,7 @@ _ANSWERS: tuple[tuple[str, str, bool], ...] = (
         True,
     ),
     (r"invalidendpoint", "AWS_ENDPOINT_URL is {endpoint!r}; write it as http://host:port", True),
+    (r"preconditionfailed", "{url} was replaced while it was read; run the stage again for the new one", False),
     (r"nosuchkey|filenotfound|pathdoesnotexist", "{url} does not exist; was the step that writes it run?", False),
     (
         r"endpointconnection|timeout|connectionclosed|networkconnection|connectionerror|proxyconnection|couldnotconnect",

@@ -20,6 +20,7 @@ import pytest
 from pose_core.errors import StorageError
 from pose_core.runtime import object_store
 from pose_core.runtime.object_store import EmbeddedStore
+from pose_core.runtime.raw_files import RawFiles
 from pose_core.runtime.storage import Store
 
 integration = pytest.mark.integration
@@ -77,6 +78,23 @@ def test_objects_exist_and_folders_do_not(store: Store) -> None:
     with pytest.raises(StorageError, match="a/c does not exist") as caught:
         store.read_bytes("a/c")
     assert caught.value.exit_code == 1
+
+
+@integration
+def test_parts_are_read_of_the_object_that_was_listed(store: Store) -> None:
+    content = random.Random(1).randbytes(9 << 20)
+    store.write_bytes("parts/film", content)
+    (listed,) = store.stored("parts")
+    assert (listed.key, listed.size) == ("parts/film", len(content))
+    assert store.read_range(listed, len(content) - 3, 10) == content[-3:]
+    with RawFiles(store).open(listed) as file:
+        file.seek(1000)
+        assert file.read() == content[1000:]
+    store.write_bytes("parts/film", content[::-1])
+    with pytest.raises(StorageError, match="parts/film was replaced while it was read"):
+        store.read_range(listed, 0, 10)
+    store.delete_prefix("parts/film")
+    assert store.stored("parts") == []
 
 
 @integration
