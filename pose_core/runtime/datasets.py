@@ -1,137 +1,20 @@
-"""Ray Data plans over the plain functions of ``data/`` and ``models/``: raw shards in, training shards out and read.
-
-Rows stream from the store through the cluster and back; no stage holds more than its blocks in flight.
-"""
+"""The training shards of a run as Ray Data plans read them: rows stream to the trainers, a few blocks in flight."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from pose_core.data.clips import ClipRules, clips_of
-from pose_core.data.shards import from_table, parquet_bytes, quarantine_line, read_parquet_bytes, to_table
+from pose_core.data.shards import from_table, read_parquet_bytes
 from pose_core.errors import DataError
+from pose_core.runtime.data_plans import in_order_and_quiet
 from pose_core.runtime.storage import Store
-from pose_core.settings import DataSettings
 
 TRAINED_ON = ("latents", "text", "image", "first_frame")
 NULL_TEXT = "null_text.parquet"
-
-
-def clip_rules(data: DataSettings) -> ClipRules:
-    """The curation rules that the settings ask for."""
-    return ClipRules(
-        frames=data.frames,
-        height=data.height,
-        width=data.width,
-        frames_per_second=data.frames_per_second,
-        min_side_pixels=data.min_side_pixels,
-        min_brightness_range=data.min_brightness_range,
-        min_motion=data.min_motion,
-    )
-
-
-def prepare(raw: Store, tars: list[str], out: Store, data: DataSettings, teacher: Path) -> Iterator[dict[str, Any]]:
-    """Stream raw tars into training shards below ``out``; yields what each writer wrote and refused.
-
-    A report holds ``shard`` and ``rows`` of the ``train`` and ``heldout`` files and the ``quarantine`` lines.
-    """
-    _in_order_and_quiet()
-    filesystem, base = raw.arrow()
-    rules = clip_rules(data)
-    rows = ray.data.read_webdataset(
-        [f"{base}/{tar}" for tar in tars],
-        filesystem=filesystem,
-        decoder=None,
-        include_paths=True,
-        override_num_blocks=len(tars),
-    ).flat_map(lambda sample: clips_of(_with_shard(sample), rules), num_cpus=0.5)
-    encoded = rows.map_batches(
-        Encoder,
-        fn_constructor_args=(teacher, data.text_tokens, out),
-        batch_size=data.encoder_batch_clips,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=data.encoder_actors),
-        num_cpus=data.encoder_cpus,
-        num_gpus=data.encoder_gpus,
-    )
-    reports = encoded.map_batches(
-        write_shard,
-        fn_args=(out, data.heldout_fraction),
-        batch_size=data.clips_per_shard,
-        num_cpus=0.25,
-    )
-    for report in reports.iter_rows():
-        yield json.loads(report["report"])
-
-
-def _in_order_and_quiet() -> None:
-    """Set up the plans that this process makes from here on."""
-    context = ray.data.DataContext.get_current()
-    # What a resumed phase skips must be what the first attempt saw.
-    context.execution_options.preserve_order = True
-    # Ray Data's own bars move the cursor in the job's log, and lines of ours that follow would not be found.
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
-def _with_shard(sample: dict[str, Any]) -> dict[str, Any]:
-    """A WebDataset row with its shard's address where ``clips_of`` expects it."""
-    return sample | {"__url__": sample.get("path", sample.get("__url__", ""))}
-
-
-class Encoder:
-    """An actor of the encoding pool: holds the frozen encoders, turns clips into what training reads."""
-
-    def __init__(self, teacher: Path, text_tokens: int, out: Store):
-        # Here and not above: tasks that only decode, write or read shards start seconds sooner, 400 MB smaller.
-        import torch
-
-        from pose_core.models.codec import WanCodec
-
-        self.codec = WanCodec.load(teacher, text_tokens, "cuda" if torch.cuda.is_available() else "cpu")
-        out.write_bytes(
-            NULL_TEXT, parquet_bytes(to_table({"text": self.codec.encode_text([""]).float().cpu().numpy()}))
-        )
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        video = np.stack(list(rows["video"]))
-        condition = self.codec.encode_condition(list(rows["prompt"]), video[:, 0], video.shape[1])
-        encoded = {"latents": self.codec.encode_video(video), "text": condition.text}
-        if condition.image is not None and condition.first_frame is not None:
-            encoded |= {"image": condition.image, "first_frame": condition.first_frame}
-        return rows | {"video": video} | {name: value.float().cpu().numpy() for name, value in encoded.items()}
-
-
-def write_shard(rows: dict[str, np.ndarray], out: Store, heldout_fraction: float) -> dict[str, np.ndarray]:
-    """Write the good rows of a batch as at most two training shards; one row that reports on all of them."""
-    good = rows["reason"] == ""
-    heldout = np.array([_is_heldout(s, k, heldout_fraction) for s, k in zip(rows["split"], rows["key"], strict=True)])
-    report: dict[str, Any] = {"shards": {}, "quarantine": []}
-    for split, chosen in (("train", good & ~heldout), ("heldout", good & heldout)):
-        if chosen.any():
-            names = ["key", "prompt", *(name for name in TRAINED_ON if name in rows)]
-            columns = {name: rows[name][chosen] for name in names + ["video"] * (split == "heldout")}
-            digest = hashlib.sha256("\n".join(columns["key"]).encode()).hexdigest()[:16]
-            out.write_bytes(f"{split}/{digest}.parquet", parquet_bytes(to_table(columns)))
-            report["shards"][f"{split}/{digest}.parquet"] = int(chosen.sum())
-    for index in np.flatnonzero(~good):
-        report["quarantine"].append(quarantine_line({name: rows[name][index] for name in ("key", "shard", "reason")}))
-    return {"report": np.array([json.dumps(report)])}
-
-
-def _is_heldout(split: str, key: str, fraction: float) -> bool:
-    """A clip's own split, or else a fixed share of clips chosen by the hash of their key."""
-    if split:
-        return split == "heldout"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < fraction * 2**32
 
 
 @dataclass(frozen=True)
@@ -157,7 +40,7 @@ class Prepared:
                 parts.append({"shard": names[index], "seed": [seed, epoch, int(index)]})
                 planned += self.shards[names[index]]
             epoch += 1
-        _in_order_and_quiet()
+        in_order_and_quiet()
         source = ray.data.from_items(parts, override_num_blocks=len(parts))
         return source.map_batches(read_shard, fn_args=(self.store,), batch_size=1, num_cpus=0.25)
 
