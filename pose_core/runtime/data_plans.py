@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 
 from pose_core.errors import ClusterError, PoseError
+
+_ERROR = "pose_error"
 
 
 def in_order_and_quiet() -> None:
@@ -40,22 +45,53 @@ def work_through(items: Sequence[dict[str, Any]], function: Any, **how: Any) -> 
     if not items:
         return
     in_any_order_and_quiet()
+    if isinstance(function, type):
+        how["fn_constructor_args"] = (function, *how.get("fn_constructor_args", ()))
+    work = _TellingActor if isinstance(function, type) else _Telling(function)
     source = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=len(items))
     try:
-        for row in source.map_batches(function, batch_size=1, **how).iter_rows():
-            yield json.loads(row["result"])
+        for row in source.map_batches(work, batch_size=1, **how).iter_rows():
+            result = json.loads(row["result"])
+            if isinstance(result, dict) and _ERROR in result:
+                raise pickle.loads(base64.b64decode(result[_ERROR]))
+            yield result
     except RayError as error:
         raise plain(error) from error
 
 
-def plain(error: BaseException) -> PoseError:
-    """The error of ours that a task meant; else one line about what became of it."""
-    link: BaseException | None = error
-    while link is not None:
-        cause = getattr(link, "cause", None)
-        for each in (link, cause):
-            if isinstance(each, PoseError) and not isinstance(each, RayError):
-                return each
-        link = cause if isinstance(cause, BaseException) else link.__cause__ or link.__context__
+class _Telling:
+    """Calls a function and returns an error of ours instead of raising it: Ray Data keeps no more than its text."""
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    def __call__(self, rows: Any) -> Any:
+        try:
+            return self._function(rows)
+        except PoseError as error:
+            return _told(error)
+
+
+class _TellingActor:
+    """The same with an actor of ``kind``, also for what making it raises."""
+
+    def __init__(self, kind: Any, *arguments: Any):
+        self._failure: PoseError | None = None
+        try:
+            self._work = _Telling(kind(*arguments))
+        except PoseError as error:
+            self._failure = error
+
+    def __call__(self, rows: Any) -> Any:
+        return _told(self._failure) if self._failure else self._work(rows)
+
+
+def _told(error: PoseError) -> dict[str, np.ndarray]:
+    told = {_ERROR: base64.b64encode(pickle.dumps(error)).decode()}
+    return {"result": np.array([json.dumps(told)], dtype=object)}
+
+
+def plain(error: RayError) -> PoseError:
+    """One line about what became of a task."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ClusterError(f"a data task failed: {lines[-1][:300] if lines else type(error).__name__}")
