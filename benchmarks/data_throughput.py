@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,9 +39,13 @@ from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
 from pose_core import config
-from pose_core.data.clips import ClipRules, encode_mp4
+from pose_core.data.buckets import Bucket
+from pose_core.data.clip_list import NO_MEASURES, clips_of, table_bytes
+from pose_core.data.clips import encode_mp4
+from pose_core.data.inspection import Inspection
 from pose_core.data.order import Order, Position
 from pose_core.data.shards import parquet_bytes, to_table, write_tar
+from pose_core.data.sources import SOURCES, claim
 from pose_core.errors import PoseError
 from pose_core.runtime.batches import Batches
 from pose_core.runtime.datasets import TRAINED_ON
@@ -49,7 +54,8 @@ from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.prepared_chunks import READERS, PreparedChunks
 from pose_core.runtime.raw_chunks import RawChunks, RawPlan, start_feed
-from pose_core.runtime.raw_clips import RawClips
+from pose_core.runtime.raw_clips import CLIP_LIST, RawClips
+from pose_core.runtime.raw_files import RawFiles
 from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.runtime.storage import Store
 
@@ -152,15 +158,29 @@ def raw(files: SteadyFiles, stack: ExitStack) -> Take:
 
 
 def open_raw(files: SteadyFiles, stack: ExitStack, **plan: Any) -> Batches:
-    rules = ClipRules(FRAMES, plan.pop("side", SIDE), plan.pop("width", SIDE), RATE)
-    found = RawClips(files, tuple(f"raw/{tar:03}.tar" for tar in range(TARS)), rules, 0.0)
-    order = Order(TARS, SIDE_BY_SIDE, seed=0)
+    base = config.load("", []).data
+    bucket = Bucket(base.frames, base.height, base.width, RATE) if plan else Bucket(FRAMES, SIDE, SIDE, RATE)
+    listed = files.store.child("listed" if plan else "listed_pixels")
+    list_clips(files, listed, bucket)
+    found = RawClips(RawFiles(files), listed, CLIPS_PER_TAR, 0.0, RATE)
+    order = Order(len(found.shards()), SIDE_BY_SIDE, seed=0)
     # Two at a time on two CPUs, with room for what looks up where samples are, and for an encoder.
     feed = start_feed(RawPlan(found, order, CHUNK, AHEAD, decode_cpus=0.8, **plan), Position(), 1)
     stack.callback(ray.kill, feed)
     return stack.enter_context(
         Batches(RawChunks(feed, Position()), order, Position(), batch=BATCH, rank=0, ranks=1, ahead=4)
     )
+
+
+def list_clips(files: SteadyFiles, listed: Store, bucket: Bucket) -> None:
+    """The list that ``prepare_data`` would leave: every video of the tars is one clip."""
+    if listed.exists(CLIP_LIST):
+        return
+    raw = RawFiles(files)
+    units = claim(files.store.stored("raw"), raw)
+    samples = (sample for unit in units for sample in SOURCES[unit.source].samples(unit, raw, 1 << 30))
+    inspection = Inspection(clips=[replace(NO_MEASURES, bucket=bucket.name)])
+    listed.write_bytes(CLIP_LIST, table_bytes([clip for each in samples for clip in clips_of(each, inspection)], 0.0))
 
 
 def batches(source: Iterator[Any]) -> Take:
@@ -234,7 +254,7 @@ def first_batches(files: SteadyFiles) -> list[Figure]:
     ways: dict[str, Callable[[ExitStack], Batches]] = {
         "_prepared": lambda stack: stack.enter_context(open_prepared(files, SHARDS)),
         "_raw_pixels": lambda stack: open_raw(files, stack),
-        "": lambda stack: open_raw(files, stack, encoder=encoder, encoder_cpus=0.2, side=32, width=32),
+        "": lambda stack: open_raw(files, stack, encoder=encoder, encoder_cpus=0.2),
     }
     figures = []
     for name, way in ways.items():

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pose_core.data.shards import HELDOUT
+from pose_core.data.captions import HELDOUT
 from pose_core.runtime import cli
 from pose_core.runtime.comparing import METHODS, TABLES, Wanted, open_comparison
 

@@ -9,7 +9,7 @@ from pose_core.runtime.stage import stage_run
 def main(arguments: cli.Arguments) -> None:
     with open_session(arguments.settings) as session, stage_run("prepare_data", session.settings) as run:
         teacher = local_teacher(run.settings.model.teacher, run.settings.model.revision)
-        raw = preparing.raw_shards(run)
+        raw = preparing.raw_videos(run)
         preparing.prepare_shards(run, raw, teacher)
 
 

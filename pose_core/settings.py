@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from pose_core.data_settings import CurationSettings, DataSettings
+from pose_core.section import Fraction, LearningRate, NonNegativeInt, PositiveInt, Section
 
 
 class RunSettings(Section):
@@ -62,46 +54,6 @@ class ModelSettings(Section):
     """Pinned revision of a hub name."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Shift of the teacher's sampling times (Wan 2.1 at 480P: 3)."""
-
-
-class DataSettings(Section):
-    """Raw clips and how they become training shards."""
-
-    raw_uri: str = "moving_digits"
-    """Folder or ``s3://`` prefix of WebDataset tars with ``mp4`` and ``json`` members, or ``moving_digits``, which
-    renders and uploads the embedded domain."""
-    digits_clips: PositiveInt = 768
-    """Training clips that the embedded domain renders."""
-    digits_heldout_clips: PositiveInt = 192
-    """Clips of other handwriting that it renders on top, for validation and for the report each."""
-    digits_level: Literal["one", "two"] = "two"
-    """Digits in a clip: one, or two that pass each other."""
-    digits_clips_per_tar: PositiveInt = 64
-    train_from: Literal["prepared", "raw"] = "prepared"
-    """Where training clips come from: shards that ``prepare_data`` writes once, or the raw shards themselves, which
-    other processes decode and encode while the workers train, with nothing stored. Held-out clips are always prepared.
-    """
-    frames: PositiveInt = 17
-    """Frames of a training clip, 4k+1 or as the model's temporal compression asks."""
-    height: PositiveInt = 16
-    width: PositiveInt = 32
-    frames_per_second: Annotated[float, Field(gt=0, le=240)] = 8.0
-    min_side_pixels: PositiveInt = 16
-    """Clips whose shorter side is smaller are dropped."""
-    min_brightness_range: Annotated[float, Field(ge=0, le=255)] = 8.0
-    """Clips whose brightest and darkest pixels are closer than this are dropped as blank."""
-    min_motion: Annotated[float, Field(ge=0, le=255)] = 0.0
-    """Clips whose mean absolute difference between frames is lower are dropped as still (0 keeps all)."""
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Share of clips without a split of their own that is kept from training: half for validation, half for the
-    report."""
-    text_tokens: Annotated[int, Field(ge=1, le=512)] = 16
-    """Text embeddings kept a prompt; the rest of the text encoder's 512 are zeros. A longer prompt is cut."""
-    clips_per_shard: PositiveInt = 64
-    encoder_actors: PositiveInt = 2
-    encoder_batch_clips: PositiveInt = 16
-    encoder_cpus: Annotated[float, Field(gt=0)] = 0.5
-    encoder_gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
 class MethodSettings(Section):
@@ -285,6 +237,7 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
+    curation: CurationSettings = CurationSettings()
     method: MethodSettings = MethodSettings()
     training: TrainingSettings = TrainingSettings()
     priming: PrimingSettings = PrimingSettings()

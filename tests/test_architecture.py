@@ -12,13 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
-LEAVES = {"config", "errors", "settings"}
+LEAVES = {"config", "errors", "settings", "data_settings"}
 BOTTOM = {"method", "rivals", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": {"errors", "settings"},
-    "settings": set[str](),
+    "section": set[str](),
+    "data_settings": {"section"},
+    "settings": {"section", "data_settings"},
     "method": {"method"},
     "rivals": {"rivals", "method"},
     "models": {"models", "errors"},

@@ -5,6 +5,7 @@ The text and image paths are the stock pipeline's own, so that what is trained o
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from torch import Tensor
 from pose_core.errors import CheckpointError
 from pose_core.models.video_model import Condition
 from pose_core.models.wan import read_config
+
+ENCODERS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+"""Parts of a diffusers folder that decide what is encoded."""
 
 
 class WanCodec:
@@ -107,15 +111,36 @@ class WanCodec:
         return torch.cat([mask, latents], dim=1)
 
 
+def compression(folder: Path) -> tuple[int, int]:
+    """Frames that the model compresses to one, and what a clip's sides must be multiples of, in pixels."""
+    vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
+    patch = transformer.get("patch_size", [1, 2, 2])[1]
+    return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8) * patch
+
+
+def encoder_fingerprints(folder: Path) -> dict[str, str]:
+    """SHA-256 over the files of each part that encodes, by its name: other weights or settings give another one."""
+    fingerprints = {}
+    for part in ENCODERS:
+        files = sorted(file for file in (folder / part).rglob("*") if file.is_file())
+        if files:
+            whole = hashlib.sha256()
+            for file in files:
+                with open(file, "rb") as opened:
+                    content = hashlib.file_digest(opened, "sha256").hexdigest()
+                whole.update(f"{file.relative_to(folder)} {content}\n".encode())
+            fingerprints[part] = whole.hexdigest()
+    return fingerprints
+
+
 def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Latent shape ``(C, T, h, w)`` of a clip, from the VAE's compression factors.
 
     Raises:
         CheckpointError: when the clip's size is not a multiple of what the model compresses by.
     """
-    vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
-    temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    step = spatial * transformer.get("patch_size", [1, 2, 2])[1]
+    vae, (temporal, step) = read_config(folder, "vae"), compression(folder)
+    spatial = vae.get("scale_factor_spatial", 8)
     if (frames - 1) % temporal:
         raise CheckpointError(f"data.frames={frames} does not fit: the VAE takes {temporal}k+1 frames", in_call=True)
     for name, size in (("height", height), ("width", width)):

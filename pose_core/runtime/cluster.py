@@ -24,8 +24,6 @@ from pose_core.settings import Settings
 
 DATA_CPUS = 0.5
 """CPUs that training leaves to the tasks that feed it."""
-INDEX_CPUS = 0.1
-"""What a task that looks up where a raw shard's samples are asks for; it hardly computes."""
 FIXED_SIZE_LABEL = "pose.fixed-size"
 """Label of nodes whose cluster never grows."""
 
@@ -129,7 +127,7 @@ def data_cpus(settings: Settings) -> float:
     """CPUs that must be left beside the train workers for whatever feeds them."""
     if settings.data.train_from == "prepared":
         return DATA_CPUS
-    return settings.data.encoder_cpus + settings.training.raw_decode_cpus + INDEX_CPUS
+    return settings.data.encoder_cpus + settings.training.raw_decode_cpus
 
 
 def raw_encoders(available: Capacity, settings: Settings) -> int:
@@ -140,7 +138,7 @@ def raw_encoders(available: Capacity, settings: Settings) -> int:
     data, training = settings.data, settings.training
     if available.autoscales:
         return data.encoder_actors
-    cpus = available.cpus - training.workers * training.cpus_per_worker - training.raw_decode_cpus - INDEX_CPUS
+    cpus = available.cpus - training.workers * training.cpus_per_worker - training.raw_decode_cpus
     fit = math.floor(cpus / data.encoder_cpus + 1e-9)
     if data.encoder_gpus:
         gpus = available.gpus - training.workers * training.gpus_per_worker

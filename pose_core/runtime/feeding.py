@@ -17,7 +17,8 @@ import ray.train.collective
 from pose_core.data.order import Order, Place, Position
 from pose_core.errors import DataError
 from pose_core.runtime.batches import Batches, Chunks
-from pose_core.runtime.datasets import TRAINED_ON, Prepared, encode_clips
+from pose_core.runtime.clip_encoder import ClipEncoder
+from pose_core.runtime.datasets import TRAINED_ON, Prepared
 from pose_core.runtime.prepared_chunks import PreparedChunks
 from pose_core.runtime.raw_chunks import RawChunks, RawPlan, start_feed
 from pose_core.runtime.raw_clips import RawClips
@@ -29,11 +30,13 @@ Columns = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Where training clips come from: the prepared shards or, if ``raw`` is there, its shards. Travels to workers."""
+    """Where training clips come from: the prepared shards or, if ``raw`` is there, its clips. Travels to workers."""
 
     settings: Settings
     prepared: Prepared
     raw: RawClips | None = None
+    raw_shards: int = 0
+    """Shards that the raw clips are grouped in."""
     encoders: int = 1
     """Actors that encode raw clips."""
 
@@ -45,28 +48,24 @@ class TrainingData:
         """
         training = self.settings.training
         batch, side_by_side = ranks * training.batch_per_worker, training.shuffle_shards
+        shards = self._train_shards()
+        order = Order(self.raw_shards if self.raw else len(shards), side_by_side, self.settings.run.seed)
+        if not order.shards:
+            raise DataError("no clip was prepared for training: see the quarantine file", in_call=True)
         chunks: Chunks
         if self.raw is None:
-            shards = self._train_shards()
-            order = Order(len(shards), side_by_side, self.settings.run.seed)
             files = SteadyFiles(self.prepared.store, self.settings.storage.retry_seconds)
             chunks = PreparedChunks(files, shards, ("key", *TRAINED_ON), training.shuffle_clips)
         else:
-            order = Order(len(self.raw.shards), side_by_side, self.settings.run.seed)
             chunks = RawChunks(self._feed(order, position), position)
-        if not order.shards:
-            raise DataError("no clip was prepared for training: see the quarantine file", in_call=True)
         window = side_by_side * training.shuffle_clips
         return Batches(chunks, order, position, batch=batch, rank=rank, ranks=ranks, ahead=max(1, window // batch))
 
     def names(self, places: Sequence[Place]) -> list[str]:
         """What a person calls these clips: ``epoch:shard#number``, the number as the shard's clips are counted."""
-        if self.raw is not None:
-            return [
-                f"{p.chunk.epoch}:{self.raw.shards[p.chunk.shard]}#{p.chunk.number}/{p.bucket}/{p.row}" for p in places
-            ]
-        shards, size = sorted(self._train_shards()), self.settings.training.shuffle_clips
-        return [f"{p.chunk.epoch}:{shards[p.chunk.shard]}#{p.chunk.number * size + p.row}" for p in places]
+        paths = [shard.path for shard in self.raw.shards()] if self.raw else sorted(self._train_shards())
+        size = self.settings.training.shuffle_clips
+        return [f"{p.chunk.epoch}:{paths[p.chunk.shard]}#{p.chunk.number * size + p.row}" for p in places]
 
     def _train_shards(self) -> dict[str, int]:
         return {name: rows for name, rows in self.prepared.shards.items() if name.startswith("train/")}
@@ -93,19 +92,13 @@ class TrainingData:
 
 def clip_encoder(settings: Settings) -> Callable[[Columns], Columns]:
     """Load the frozen encoders, in the process that encodes."""
-    import torch
-
-    from pose_core.models.codec import WanCodec
-    from pose_core.models.folders import local_teacher
-
-    teacher, data = local_teacher(settings.model.teacher, settings.model.revision), settings.data
-    codec = WanCodec.load(teacher, data.text_tokens, "cuda" if torch.cuda.is_available() else "cpu")
+    encoder, most = ClipEncoder(settings.model, settings.data.text_tokens), settings.data.encoder_batch_clips
 
     def encode(columns: Columns) -> Columns:
         parts = []
-        for start in range(0, len(columns["key"]), data.encoder_batch_clips):
-            part = slice(start, start + data.encoder_batch_clips)
-            parts.append(encode_clips(codec, columns["prompt"][part], np.stack(columns["video"][part])))
+        for start in range(0, len(columns["key"]), most):
+            part = slice(start, start + most)
+            parts.append(encoder(columns["prompt"][part], np.stack(columns["video"][part])))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {"key": columns["key"]} | joined
 

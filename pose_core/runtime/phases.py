@@ -13,14 +13,12 @@ from ray.train.torch import TorchTrainer
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
-from pose_core.runtime.datasets import clip_rules
 from pose_core.runtime.failures import EndAtOnce
 from pose_core.runtime.feeding import TrainingData
 from pose_core.runtime.phase_job import PhaseJob
-from pose_core.runtime.preparing import open_prepared, raw_shards
+from pose_core.runtime.preparing import open_prepared, raw_files
 from pose_core.runtime.raw_clips import RawClips
 from pose_core.runtime.stage import StageRun
-from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.runtime.storage import Store
 from pose_core.runtime.worker import GOOD_STEP, run_phase
 from pose_core.settings import Settings
@@ -50,10 +48,10 @@ def _data(run: StageRun) -> TrainingData:
     settings, prepared = run.settings, open_prepared(run)
     if settings.data.train_from == "prepared":
         return TrainingData(settings, prepared)
-    raw = raw_shards(run)
-    files = SteadyFiles(raw.store, settings.storage.retry_seconds)
-    clips = RawClips(files, tuple(sorted(raw.tars)), clip_rules(settings.data), settings.data.heldout_fraction)
-    return TrainingData(settings, prepared, clips, cluster.raw_encoders(cluster.capacity(cluster.connect()), settings))
+    data = settings.data
+    raw = RawClips(raw_files(run), prepared.store, data.clips_per_shard, data.heldout_fraction, data.frames_per_second)
+    encoders = cluster.raw_encoders(cluster.capacity(cluster.connect()), settings)
+    return TrainingData(settings, prepared, raw, len(raw.shards()), encoders)
 
 
 def _steps(phase: str, settings: Settings) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
 from pose_core.data.order import Chunk
 from pose_core.data.shards import read_rows
+from pose_core.runtime.datasets import bucket_of
 from pose_core.runtime.steady_files import SteadyFiles
 
 READERS = 2
@@ -74,9 +74,3 @@ class PreparedChunks:
 
     def _rows(self, file: Any, start: int, stop: int, rows: int) -> dict[str, Any]:
         return read_rows(file, self.columns, start, stop, rows)
-
-
-def bucket_of(path: str) -> str:
-    """The bucket that a shard's path names; empty where there is only one."""
-    parts = PurePosixPath(path).parts
-    return parts[1] if len(parts) > 2 else ""

@@ -1,4 +1,4 @@
-"""Chunks of raw shards, decoded and encoded by Ray tasks and actors on whatever nodes have room; nothing is stored.
+"""Chunks of raw clips, decoded and encoded by Ray tasks and actors on whatever nodes have room; nothing is stored.
 
 One feed, an actor, knows the order and keeps a few chunks in the making before the workers ask for them. It passes
 references only; a worker fetches the chunks that hold its own rows.
@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from pose_core.data.clip_list import Clip
 from pose_core.data.order import Chunk, Order, Position
 from pose_core.errors import PoseError
 from pose_core.runtime.batches import ClosedError
-from pose_core.runtime.cluster import INDEX_CPUS
-from pose_core.runtime.raw_clips import Index, RawClips
+from pose_core.runtime.raw_clips import RawClips
 
 
 @dataclass(frozen=True)
 class RawPlan:
-    """How raw shards become batches: what is read, in which order, by how many tasks, and who encodes it.
+    """How raw clips become batches: what is read, in which order, by how many tasks, and who encodes it.
 
     ``encoder`` makes, in an actor with these resources, a function from columns of one bucket (``key``, ``prompt``, and
     ``video``, uint8 ``[F, H, W, 3]`` a cell) to the columns that training reads. Without one clips stay pixels.
@@ -31,7 +31,7 @@ class RawPlan:
 
     clips: RawClips
     order: Order
-    chunk_samples: int
+    chunk_clips: int
     ahead: int
     """Chunks in the making that no worker has asked for yet."""
     decode_cpus: float
@@ -48,17 +48,12 @@ Blocks = dict[str, dict[str, Any]]
 """Columns by bucket."""
 
 
-def _index(clips: RawClips, shard: int) -> tuple[int, Index]:
-    index = clips.index(shard)
-    return len(index.samples), index
-
-
-def _decode(clips: RawClips, shard: int, samples: slice, index: Index) -> tuple[Contents, Blocks]:
-    decoded = clips.decode(shard, index, samples)
+def _decode(raw: RawClips, clips: Sequence[Clip]) -> tuple[Contents, Blocks]:
+    decoded = raw.decode(clips)
     return (decoded.counts, decoded.quarantine), decoded.blocks
 
 
-_index_task, _decode_task = ray.remote(_index), ray.remote(_decode)
+_decode_task = ray.remote(_decode)
 
 
 class _Encoder:
@@ -89,6 +84,7 @@ class Feed:
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._quarantine: dict[str, None] = {}
+        self._shards = plan.clips.shards()
         self._encoders = self._start_encoders()
         threading.Thread(target=self._run, args=(position,), daemon=True).start()
 
@@ -137,39 +133,27 @@ class Feed:
     def _make_left(self, position: Position) -> None:
         """The chunks of earlier windows that clips were left over of."""
         for chunk in sorted({place.chunk for place in position.left}):
-            _, index = self._find(chunk.shard)
-            self._start(chunk, index)
+            self._start(chunk)
 
     def _make(self, position: Position) -> None:
-        order, size = self._plan.order, self._plan.chunk_samples
-        groups, first = order.groups_from(position.epoch, position.group), position.window
-        epoch, group = next(groups)
-        found = [self._find(shard) for shard in order.group(epoch, group)]
-        while True:
-            following = next(groups)
-            next_found = [self._find(shard) for shard in order.group(*following)]
+        order, size, first = self._plan.order, self._plan.chunk_clips, position.window
+        for epoch, group in order.groups_from(position.epoch, position.group):
             shards = order.group(epoch, group)
-            chunks = [-(-samples // size) for samples in ray.get([samples for samples, _ in found])]
+            windows = max(-(-len(self._shards[shard].clips) // size) for shard in shards)
             # One more than there are: the workers learn of the end by asking for what is behind it.
-            for number in range(first, max(first, *chunks) + 1):
-                for shard, (_, index), count in zip(shards, found, chunks, strict=True):
-                    self._start(Chunk(epoch, shard, number), index if number < count else None)
-            (epoch, group), found, first = following, next_found, 0
+            for number in range(first, max(first, windows) + 1):
+                for shard in shards:
+                    self._start(Chunk(epoch, shard, number))
+            first = 0
 
-    def _find(self, shard: int) -> tuple[Any, Any]:
-        task = _index_task.options(num_cpus=INDEX_CPUS, num_returns=2)
-        return tuple(task.remote(self._plan.clips, shard))  # type: ignore[return-value]
-
-    def _start(self, chunk: Chunk, index: Any) -> None:
-        """Have a chunk made, as soon as there is room for one more; no index: it is behind the shard's end."""
-        entry = _Entry()
-        if index is not None:
+    def _start(self, chunk: Chunk) -> None:
+        """Have a chunk made, as soon as there is room for one more, unless it is behind its shard's end."""
+        entry, size = _Entry(), self._plan.chunk_clips
+        if clips := self._shards[chunk.shard].clips[chunk.number * size : (chunk.number + 1) * size]:
             with self._changed:
                 self._changed.wait_for(lambda: self._made() < self._plan.ahead)
-            size = self._plan.chunk_samples
-            samples = slice(chunk.number * size, (chunk.number + 1) * size)
             task = _decode_task.options(num_cpus=self._plan.decode_cpus, num_returns=2)
-            entry.contents, entry.blocks = task.remote(self._plan.clips, chunk.shard, samples, index)
+            entry.contents, entry.blocks = task.remote(self._plan.clips, clips)
             if encoder := next(self._encoders, None):
                 entry.blocks = encoder.encode.remote(entry.blocks)
         with self._changed:

@@ -1,57 +1,34 @@
-"""Raw shards as training reads them: where a shard's samples are, and the clips of some of them."""
+"""Raw clips as training reads them: the list that ``prepare_data`` left, in shards, and the pixels of some of it."""
 
 from __future__ import annotations
 
-import io
-import logging
-import tarfile
+import itertools
+import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
-from pose_core.data.clips import ClipRules, Row, clips_of
-from pose_core.data.shards import quarantine_line, split_of
-from pose_core.runtime.steady_files import READ_AHEAD_BYTES, SteadyFiles
+from pose_core.data.buckets import Bucket
+from pose_core.data.captions import TRAIN
+from pose_core.data.clip_list import Clip, ShardPlan, plan_shards, read_table, split_of
+from pose_core.data.clips import read_clip
+from pose_core.data.sources import SOURCES
+from pose_core.data.sources.source import Address
+from pose_core.errors import DataError
+from pose_core.runtime.raw_files import RawFiles
+from pose_core.runtime.storage import Store
 
-_log = logging.getLogger(__name__)
-
-
-class Span(NamedTuple):
-    """Bytes of a shard."""
-
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Located:
-    """A sample of a shard: its key, and where its members are by extension."""
-
-    key: str
-    members: dict[str, Span]
-
-    @property
-    def stop(self) -> int:
-        return max(span.start + span.size for span in self.members.values())
-
-    @property
-    def start(self) -> int:
-        return min(span.start for span in self.members.values())
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where a shard's samples are, in the version that was looked at; ``content`` is all of a shard that is small."""
-
-    samples: list[Located]
-    version: str
-    content: bytes = b""
+CLIP_LIST = "curation/clips.parquet"
+"""The list's place in the artifact of ``prepare_data``."""
+_READERS = 4
+"""Videos of a chunk that are fetched at once; it hides the store's latency."""
 
 
 @dataclass
 class Decoded:
-    """Clips of some samples: columns by bucket, one line a clip that cannot be used."""
+    """Clips of a chunk: columns by bucket, one line of JSON a clip that cannot be used."""
 
     blocks: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     quarantine: list[str] = field(default_factory=list)
@@ -64,62 +41,64 @@ class Decoded:
 
 @dataclass(frozen=True)
 class RawClips:
-    """WebDataset tars and what is to be made of them; travels to whoever decodes."""
+    """Where the raw videos and the list of their clips are; light, for it travels into every task that decodes."""
 
-    files: SteadyFiles
-    shards: tuple[str, ...]
-    rules: ClipRules
+    files: RawFiles
+    listed: Store
+    """The artifact of ``prepare_data``."""
+    clips_per_shard: int
     heldout_fraction: float
+    frames_per_second: float
 
-    def index(self, shard: int) -> Index:
-        """Find a shard's samples. One that is cut short has those before the cut."""
-        samples: dict[str, dict[str, Span]] = {}
-        with self.files.open(self.shards[shard]) as file:
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in filter(tarfile.TarInfo.isreg, tar):
-                        path = PurePosixPath(member.name)
-                        stem, _, extension = path.name.partition(".")
-                        span = Span(member.offset_data, member.size)
-                        samples.setdefault(str(path.with_name(stem)), {})[extension] = span
-            except tarfile.TarError as error:
-                _log.warning("%s: %s; what comes before is used", self.files.store.url(self.shards[shard]), error)
-            size, version = file.seek(0, io.SEEK_END), file.raw.version  # type: ignore[attr-defined]
-            file.seek(0)
-            content = file.read(size) if size <= READ_AHEAD_BYTES else b""
-        return Index([Located(key, members) for key, members in samples.items()], version, content)
+    def shards(self) -> Sequence[ShardPlan]:
+        """The training clips that curation kept, grouped as prepared shards would be; read once a process."""
+        return _shards(self)
 
-    def decode(self, shard: int, index: Index, samples: slice) -> Decoded:
-        """Read, filter, cut and bring to size the training clips of some of a shard's samples."""
-        decoded, url = Decoded(), self.files.store.url(self.shards[shard])
-        for sample in self._read(shard, index, index.samples[samples]):
-            for row in clips_of(sample | {"__url__": url}, self.rules):
-                if row["reason"]:
-                    decoded.quarantine.append(quarantine_line(row))
-                elif split_of(row["split"], row["key"], self.heldout_fraction) == "train":
-                    _add(decoded.blocks, row)
+    def decode(self, clips: Sequence[Clip]) -> Decoded:
+        """Read, cut and bring to size these clips."""
+        decoded = Decoded()
+        with ThreadPoolExecutor(_READERS) as pool:
+            videos = [(address, list(group)) for address, group in itertools.groupby(clips, lambda c: c.address)]
+            fetched = _few_ahead(pool, self._fetch, [address for address, _ in videos])
+            for (_, group), content in zip(videos, fetched, strict=True):
+                for clip in group:
+                    self._add(decoded, clip, content)
         return decoded
 
-    def _read(self, shard: int, index: Index, samples: Sequence[Located]) -> Iterator[dict[str, Any]]:
-        """The members' bytes. Neighbours are read together."""
-        start, stop, content = 0, len(index.content), memoryview(index.content)
-        for at, sample in enumerate(samples):
-            if not start <= sample.start <= sample.stop <= stop:
-                start, stop = sample.start, sample.stop
-                for follower in samples[at + 1 :]:
-                    if follower.start < stop or follower.stop - start > READ_AHEAD_BYTES:
-                        break
-                    stop = follower.stop
-                content = memoryview(self.files.read(self.shards[shard], start, stop, index.version))
-            yield {"__key__": sample.key} | {
-                extension: bytes(content[span.start - start : span.start - start + span.size])
-                for extension, span in sample.members.items()
-            }
+    def _fetch(self, address: Address) -> bytes | DataError:
+        try:
+            return SOURCES[address.source].fetch(address, self.files)
+        except DataError as error:
+            return error
+
+    def _add(self, decoded: Decoded, clip: Clip, content: bytes | DataError) -> None:
+        bucket = Bucket.named(clip.measures.bucket, self.frames_per_second)
+        try:
+            if isinstance(content, DataError):
+                raise content
+            video = read_clip(content, bucket, clip.measures.start)
+        except DataError as error:
+            shard = self.files.store.url(clip.address.stored.key)
+            decoded.quarantine.append(json.dumps({"key": clip.key, "shard": shard, "reason": str(error)}))
+            return
+        columns = decoded.blocks.setdefault(bucket.name, {"key": [], "prompt": [], "video": []})
+        for name, cell in (("key", clip.key), ("prompt", clip.prompt), ("video", video)):
+            columns[name].append(cell)
 
 
-def _add(blocks: dict[str, dict[str, list[Any]]], row: Row) -> None:
-    """Clips of one size share a bucket."""
-    frames, height, width, _ = row["video"].shape
-    columns = blocks.setdefault(f"{frames}x{height}x{width}", {"key": [], "prompt": [], "video": []})
-    for name, cells in columns.items():
-        cells.append(row[name])
+@lru_cache(maxsize=1)
+def _shards(raw: RawClips) -> Sequence[ShardPlan]:
+    clips = [clip for clip in read_table(raw.listed.read_bytes(CLIP_LIST)) if not clip.problem]
+    trained = [clip for clip in clips if split_of(clip, raw.heldout_fraction) == TRAIN]
+    buckets = len({clip.measures.bucket for clip in trained})
+    return plan_shards(trained, raw.clips_per_shard, raw.heldout_fraction, buckets, recipe="raw")
+
+
+def _few_ahead(pool: ThreadPoolExecutor, function: Any, items: Sequence[Any]) -> Iterator[Any]:
+    """``map`` in order that begins no more than ``_READERS`` items before they are taken, to hold few at a time."""
+    started = [pool.submit(function, item) for item in items[:_READERS]]
+    for index in range(len(items)):
+        result = started.pop(0).result()
+        if index + _READERS < len(items):
+            started.append(pool.submit(function, items[index + _READERS]))
+        yield result

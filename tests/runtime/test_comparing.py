@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from row_work import work
 
 from pose_core import config
+from pose_core.data.captions import HELDOUT
 from pose_core.data.moving_digits import draw_clip, render
-from pose_core.data.shards import HELDOUT, parquet_bytes, to_table
+from pose_core.data.shards import parquet_bytes, to_table
 from pose_core.errors import ConfigError
 from pose_core.models.codec import WanCodec
 from pose_core.runtime import comparing
