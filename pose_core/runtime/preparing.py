@@ -129,7 +129,7 @@ def prepare_shards(run: StageRun, raw: RawVideos, teacher: Path) -> None:
     clips are encoded: the others are on the list, and training reads them from where they are.
 
     Raises:
-        DataError: no clip is left for training (correctable in the call).
+        DataError: (correctable in the call) no clip is left for training, or none beside those that stay raw.
     """
     data, curation = run.settings.data, run.settings.curation
     buckets = buckets_of(data, teacher)
@@ -188,6 +188,9 @@ def _account(run: StageRun, files: RawFiles, clips: list[Clip], records: list[di
             f"other data; every clip's reason is in {run.artifact.url(QUARANTINE)}",
             in_call=True,
         )
+    if left_raw and not any(map(prepared.rows, HELDOUT)):
+        # Whatever is prepared beside them, the empty prompt too, is made with the clips that are held out.
+        raise DataError("no clip was held out: raise data.heldout_fraction or add clips", in_call=True)
     run.metrics |= {
         f"{TRAIN}_clips": prepared.rows(TRAIN) + left_raw,
         **{f"{split}_clips": prepared.rows(split) for split in HELDOUT},
