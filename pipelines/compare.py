@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from pose_core.data.captions import HELDOUT
 from pose_core.runtime import cli
 from pose_core.runtime.comparing import METHODS, TABLES, Wanted, open_comparison
-from pose_core.runtime.datasets import HELDOUT
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 

@@ -30,7 +30,20 @@ class DataError(PoseError):
 
 
 class StorageError(PoseError):
-    """The object store or folder cannot be reached, read or written."""
+    """The object store or folder cannot be reached, read or written.
+
+    ``passing`` says that the same request may do better later, or with credentials read anew.
+    """
+
+    passing = False
+
+
+class StorageGoneError(StorageError):
+    """The store was given all the time that the settings allow; starting again would only wait again."""
+
+
+class ReplacedError(StorageError):
+    """An object is not the one that reading it began with."""
 
 
 class CheckpointError(PoseError):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pose_core.data_settings import CurationSettings, DataSettings
 from pose_core.result_settings import AlarmSettings, EvaluationSettings, ExportSettings, VbenchSettings
 from pose_core.section import Fraction, LearningRate, NonNegativeInt, PositiveInt, Section
 
@@ -28,6 +29,9 @@ class StorageSettings(Section):
 
     uri: Annotated[str, Field(min_length=1)] = "embedded"
     """``embedded`` starts SeaweedFS on loopback; ``s3://bucket/prefix`` is any S3 store; anything else is a folder."""
+    retry_seconds: Annotated[float, Field(ge=0, le=86400)] = 120.0
+    """How long reading shards goes on trying a store that does not answer, answers 500 or 503, sends too slowly, cuts
+    objects off or refuses credentials, which are read anew, before the run ends."""
 
 
 class TrackingSettings(Section):
@@ -53,42 +57,6 @@ class ModelSettings(Section):
     """Commit that a hub name is pinned to; without it the newest is taken."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Shift of the teacher's sampling times (Wan 2.1 at 480P: 3)."""
-
-
-class DataSettings(Section):
-    """Raw clips and how they become training shards."""
-
-    raw_uri: str = "moving_digits"
-    """Folder or ``s3://`` prefix of WebDataset tars with ``mp4`` and ``json`` members, or ``moving_digits``, which
-    renders and uploads the embedded domain."""
-    digits_clips: PositiveInt = 768
-    """Training clips that the embedded domain renders."""
-    digits_heldout_clips: PositiveInt = 192
-    """Clips of other handwriting that it renders on top, for validation and for the report each."""
-    digits_level: Literal["one", "two"] = "two"
-    """Digits in a clip: one, or two that pass each other."""
-    digits_clips_per_tar: PositiveInt = 64
-    frames: PositiveInt = 17
-    """Frames of a training clip, 4k+1 or as the model's temporal compression asks."""
-    height: PositiveInt = 16
-    width: PositiveInt = 32
-    frames_per_second: Annotated[float, Field(gt=0, le=240)] = 8.0
-    min_side_pixels: PositiveInt = 16
-    """Clips whose shorter side is smaller are dropped."""
-    min_brightness_range: Annotated[float, Field(ge=0, le=255)] = 8.0
-    """Clips whose brightest and darkest pixels are closer than this are dropped as blank."""
-    min_motion: Annotated[float, Field(ge=0, le=255)] = 0.0
-    """Clips whose mean absolute difference between frames is lower are dropped as still (0 keeps all)."""
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Share of clips without a split of their own that is kept from training: half for validation, half for the
-    report."""
-    text_tokens: Annotated[int, Field(ge=1, le=512)] = 16
-    """Text embeddings kept a prompt; the rest of the text encoder's 512 are zeros. A longer prompt is cut."""
-    clips_per_shard: PositiveInt = 64
-    encoder_actors: PositiveInt = 2
-    encoder_batch_clips: PositiveInt = 16
-    encoder_cpus: Annotated[float, Field(gt=0)] = 0.5
-    encoder_gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
 class MethodSettings(Section):
@@ -122,6 +90,16 @@ class TrainingSettings(Section):
     """Clips a step; workers that share a clip's tokens share them too."""
     accumulation: PositiveInt = 1
     """Parts that a worker's clips are taken in, one after the other, before the optimiser moves."""
+    shuffle_shards: PositiveInt = 8
+    """Shards that are read side by side, at best a multiple of ``workers``: then no two workers read the same."""
+    shuffle_clips: PositiveInt = 64
+    """Clips of each of them that are in memory, and shuffled, at a time."""
+    raw_chunks_ahead: PositiveInt = 4
+    """With ``data.train_from=raw``: so many times ``shuffle_clips`` clips are decoded and encoded ahead, at once."""
+    raw_decode_cpus: Annotated[float, Field(gt=0)] = 0.5
+    """What a task that decodes raw clips asks Ray for."""
+    log_clips: bool = False
+    """Store with each checkpoint which clips the steps before it trained on, in ``clips/`` of the phase's artifact."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of computation and of gathered parameters; master weights and reductions stay float32."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -244,6 +222,7 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
+    curation: CurationSettings = CurationSettings()
     method: MethodSettings = MethodSettings()
     training: TrainingSettings = TrainingSettings()
     priming: PrimingSettings = PrimingSettings()

@@ -12,15 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
-LEAVES = {"config", "errors", "settings", "result_settings"}
+LEAVES = {"config", "errors", "settings", "data_settings", "result_settings"}
 BOTTOM = {"method", "rivals", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
     "errors": set[str](),
     "config": {"errors", "settings"},
     "section": set[str](),
+    "data_settings": {"section"},
     "result_settings": {"section"},
-    "settings": {"section", "result_settings"},
+    "settings": {"section", "data_settings", "result_settings"},
     "method": {"method"},
     "rivals": {"rivals", "method"},
     "models": {"models", "errors"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
 """Part of the project: the parts of ``pose_core`` it may import."""
 
 MODELS = ("pose_core/models/", "pose_core/inference/")
-STORAGE = ("pose_core/runtime/storage.py", "pose_core/runtime/storage_errors.py")
+STORAGE = tuple(f"pose_core/runtime/{name}.py" for name in ("storage", "storage_errors", "s3_client"))
 AT_HOME = {
     "ray": ("pose_core/runtime/",),
     "torch.distributed": tuple(f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "memory")),

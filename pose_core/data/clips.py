@@ -1,56 +1,18 @@
-"""Raw video to fixed-size clips, and back: decode, filter, cut, encode. Pure functions from row to rows.
-
-A clip that cannot be used becomes a row with a reason; it never takes its neighbours down with it.
-"""
+"""Clips of a fixed size out of any video, by timestamps and without stretching, and frames back to mp4."""
 
 from __future__ import annotations
 
 import io
-import json
-import math
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
+from pose_core.data.buckets import Bucket
+from pose_core.data.video import Frame, Video
 from pose_core.errors import DataError
-
-MAX_FRAMES = 2048
-"""Most frames that ``decode`` keeps of one video."""
-MAX_PIXELS = 4096 * 2304
-"""Largest frame that ``decode`` accepts, width times height."""
-SPLITS = ("", "train", "validation", "test")
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ClipRules:
-    """What a training clip looks like and which clips are dropped.
-
-    ``frames``, ``height``, ``width`` and ``frames_per_second`` are the clip's; ``min_side_pixels`` is for the source's
-    shorter side; ``min_brightness_range`` and ``min_motion`` are in grey levels, [0, 255]. A long video gives up to
-    ``clips_per_video`` consecutive clips.
-    """
-
-    frames: int
-    height: int
-    width: int
-    frames_per_second: float
-    min_side_pixels: int = 1
-    min_brightness_range: float = 0.0
-    min_motion: float = 0.0
-    clips_per_video: int = 1
-
-    @property
-    def seconds(self) -> float:
-        """Time from the first frame needed of a source to the last."""
-        return (self.clips_per_video * self.frames - 1) / self.frames_per_second
 
 
 def encode_mp4(frames: np.ndarray, frames_per_second: float, *, quality: int = 12, every_colour: bool = False) -> bytes:
@@ -87,86 +49,56 @@ def encode_mp4(frames: np.ndarray, frames_per_second: float, *, quality: int = 1
     return buffer.getvalue()
 
 
-def decode(
-    mp4: bytes,
-    rules: ClipRules | None = None,
-    *,
-    max_frames: int = MAX_FRAMES,
-    max_pixels: int = MAX_PIXELS,
-    file_format: str = "mp4",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a video: frames, uint8 ``[T, H, W, 3]`` (RGB, upright), and their times, float64 ``[T]`` in seconds.
-
-    With ``rules``, frames are brought to the clip's size as they are read and reading stops after the last one needed,
-    so that a long 4K video costs no more memory than its clip. Sizes are refused before frames are allocated.
-
-    ``file_format`` is what FFmpeg calls the container.
+def decode(video: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Decode a short video whole: frames, uint8 ``[T, H, W, 3]`` (RGB, upright), and their times ``[T]`` in seconds.
 
     Raises:
-        DataError: ``decode: ...`` or ``filter: ...`` with the reason.
+        DataError: ``decode: ...`` with the reason.
     """
-    if not mp4:
-        raise DataError("decode: no bytes")
-    try:
-        # The format is named, so that a playlist in the guise of an mp4 cannot make the library open other files.
-        options = {"max_pixels": str(max_pixels)}
-        with av.open(io.BytesIO(mp4), "r", format=file_format, metadata_errors="replace", options=options) as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
-                raise DataError("decode: no video stream")
-            _check_header(stream, rules, max_frames, max_pixels)
-            return _read(container, stream, rules, max_frames)
-    except av.FFmpegError as error:
-        raise DataError(f"decode: unreadable, {str(error.strerror).lower()}") from None
+    with Video(video) as opened:
+        frames = [(frame.picture(), frame.time) for frame in opened.frames()]
+    return np.stack([picture for picture, _ in frames]), np.array([time for _, time in frames])
 
 
-def _check_header(stream: av.VideoStream, rules: ClipRules | None, max_frames: int, max_pixels: int) -> None:
-    height, width = stream.codec_context.height, stream.codec_context.width
-    if height * width > max_pixels:
-        raise DataError(f"decode: frame too large, {width} x {height}")
-    if rules and min(height, width) < rules.min_side_pixels:
-        raise DataError(f"filter: small, {width} x {height}")
-    frames = stream.frames
-    if rules and stream.average_rate:
-        frames = min(frames, math.ceil(rules.seconds * stream.average_rate))
-    if frames > max_frames:
-        raise DataError(f"decode: too many frames, {frames} of at most {max_frames}")
+def read_clip(video: bytes, bucket: Bucket, start: float = 0.0) -> np.ndarray:
+    """The clip of ``bucket``'s size that starts ``start`` seconds into a video, uint8 ``[frames, height, width, 3]``.
+
+    Frame k is the source frame nearest to ``start`` + k / ``frames_per_second``, by its timestamp. Only frames that are
+    needed are brought to RGB and to size, and reading stops after the last one: a long 4K video costs no more memory
+    than its clip.
+
+    Raises:
+        DataError: ``decode: ...``, or ``filter: short ...`` when the video ends before the clip does.
+    """
+    wanted = start + np.arange(bucket.frames) / bucket.frames_per_second
+    clip = np.empty((bucket.frames, bucket.height, bucket.width, 3), dtype=np.uint8)
+    filled = 0
+    before: Frame | None = None
+    interval = 0.0
+    with Video(video) as opened:
+        for frame in opened.frames(start):
+            if before is not None:
+                interval = frame.time - before.time
+                count = int(np.searchsorted(wanted, (before.time + frame.time) / 2 + 1e-9, side="right"))
+                filled = _fill(clip, filled, count, before, opened.pixel_aspect)
+                if filled == bucket.frames:
+                    return clip
+            before = frame
+        if before is not None:
+            # A frame serves until half an interval later, the last one too.
+            count = int(np.searchsorted(wanted, before.time + interval / 2 + 1e-6, side="right"))
+            filled = _fill(clip, filled, count, before, opened.pixel_aspect)
+    if filled < bucket.frames:
+        rate = f"{bucket.frames_per_second:g} a second"
+        raise DataError(f"filter: short, {filled} of {bucket.frames} frames at {rate}")
+    return clip
 
 
-def _read(
-    container: av.container.InputContainer, stream: av.VideoStream, rules: ClipRules | None, max_frames: int
-) -> tuple[np.ndarray, np.ndarray]:
-    stream.codec_context.thread_count = 1
-    kept: list[np.ndarray] = []
-    times: list[float] = []
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise DataError("decode: corrupt frame")
-        if frame.time is None:
-            raise DataError("decode: no timestamps")
-        picture = _picture(frame, stream, rules)
-        if kept and picture.shape != kept[0].shape:
-            raise DataError("decode: frame size changes")
-        if len(kept) == max_frames:
-            raise DataError(f"decode: too many frames, more than {max_frames}")
-        kept.append(picture)
-        times.append(frame.time)
-        if rules and frame.time - times[0] >= rules.seconds:
-            break
-    if not kept:
-        raise DataError("decode: no frames")
-    return np.stack(kept), np.array(times)
-
-
-def _picture(frame: av.VideoFrame, stream: av.VideoStream, rules: ClipRules | None) -> np.ndarray:
-    """RGB picture of ``frame`` as a player shows it: turned upright and, with ``rules``, fitted with square pixels."""
-    picture = frame.reformat(format="rgb24", threads=1).to_ndarray()
-    quarter_turns = round(frame.rotation / 90) % 4
-    picture = np.rot90(picture, quarter_turns)
-    if rules is None:
-        return picture
-    aspect = float(stream.sample_aspect_ratio or 1)
-    return fit(picture, rules.height, rules.width, 1 / aspect if quarter_turns % 2 else aspect)
+def _fill(clip: np.ndarray, filled: int, count: int, frame: Frame, pixel_aspect: float) -> int:
+    """Put ``frame`` into ``clip[filled:count]``; how many frames are filled then."""
+    if count > filled:
+        clip[filled:count] = fit(frame.picture(), clip.shape[1], clip.shape[2], pixel_aspect)
+    return max(filled, count)
 
 
 def fit(picture: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
@@ -182,98 +114,3 @@ def fit(picture: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0)
     box = (left, top, min(w, left + box_w), min(h, top + box_h))
     image = Image.fromarray(np.ascontiguousarray(picture))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
-
-
-def cut(frames: np.ndarray, timestamps: np.ndarray, rules: ClipRules) -> list[np.ndarray]:
-    """Cut ``frames`` (uint8 ``[T, H, W, 3]``, shown at ``timestamps`` seconds) into clips of ``rules``' rate and size.
-
-    Output frame k is the source frame nearest to k / ``frames_per_second`` after the first. Returns one to
-    ``rules.clips_per_video`` consecutive clips, each uint8 ``[rules.frames, rules.height, rules.width, 3]``.
-
-    Raises:
-        DataError: ``filter: short ...``, when the source ends before the first clip does.
-    """
-    times = timestamps - timestamps[0]
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    # A frame serves until half an interval later, the last one too.
-    covered = int((times[-1] + interval / 2) * rules.frames_per_second + 1e-6) + 1
-    count = min(covered // rules.frames, rules.clips_per_video)
-    if count < 1:
-        raise DataError(f"filter: short, {covered} of {rules.frames} frames at {rules.frames_per_second:g} a second")
-    wanted = np.arange(count * rules.frames) / rules.frames_per_second
-    nearest = np.abs(times[None, :] - wanted[:, None]).argmin(axis=1)
-    fitted = np.stack([fit(frames[index], rules.height, rules.width) for index in nearest])
-    return np.split(fitted, count)
-
-
-def _check_content(clip: np.ndarray, rules: ClipRules) -> None:
-    """Refuse a blank or a still ``clip`` (uint8 ``[T, H, W, 3]``). Frame by frame, to stay small in memory."""
-    grey = [frame @ LUMA for frame in clip]
-    brightness_range = max(frame.max() for frame in grey) - min(frame.min() for frame in grey)
-    if brightness_range < rules.min_brightness_range:
-        raise DataError(f"filter: blank, brightness range {brightness_range:.1f}")
-    changes = [float(np.abs(after - before).mean()) for before, after in zip(grey, grey[1:], strict=False)]
-    motion = sum(changes) / max(len(changes), 1)
-    if motion < rules.min_motion:
-        raise DataError(f"filter: still, motion {motion:.2f}")
-
-
-def clips_of(sample: dict[str, Any], rules: ClipRules) -> list[Row]:
-    """Turn one WebDataset sample into training rows; a sample that cannot be used gives one row that says why.
-
-    ``sample`` holds ``__key__``, ``__url__`` (its shard), ``mp4`` (bytes) and ``json`` (bytes or a dictionary with
-    ``prompt`` and perhaps ``split``: ``train``, ``validation`` or ``test``). Rows are ``key``, ``shard``, ``prompt``,
-    ``split`` (empty when not said), ``video`` (uint8 ``[frames, height, width, 3]``, zeros when unusable) and
-    ``reason``: empty for a good clip, else ``<category>: <phrase>[, <detail>]`` with the category ``caption``,
-    ``decode`` or ``filter``.
-    With ``rules.clips_per_video`` over one, keys of clips end in ``-000``, ``-001``, … Bad data raises nothing.
-    """
-    row: Row = {"key": _name(sample.get("__key__")), "shard": _name(sample.get("__url__")), "prompt": "", "split": ""}
-    blank = np.zeros((rules.frames, rules.height, rules.width, 3), dtype=np.uint8)
-    try:
-        row["prompt"], row["split"] = _caption(sample.get("json"))
-        mp4 = sample.get("mp4")
-        if not isinstance(mp4, bytes | bytearray | memoryview):
-            raise DataError("decode: no mp4 member")
-        clips = cut(*decode(bytes(mp4), rules), rules)
-    except DataError as error:
-        return [row | {"video": blank, "reason": str(error)}]
-    rows = []
-    for index, clip in enumerate(clips):
-        key = row["key"] if rules.clips_per_video == 1 else f"{row['key']}-{index:03d}"
-        try:
-            _check_content(clip, rules)
-            rows.append(row | {"key": key, "video": clip, "reason": ""})
-        except DataError as error:
-            rows.append(row | {"key": key, "video": blank, "reason": str(error)})
-    return rows
-
-
-def _caption(raw: Any) -> tuple[str, str]:
-    """Prompt and split from a sample's ``json`` member, bytes or parsed."""
-    if isinstance(raw, bytes | bytearray | memoryview):
-        try:
-            raw = json.loads(bytes(raw).decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise DataError("caption: json is not UTF-8") from None
-        except (ValueError, RecursionError):
-            raise DataError("caption: json cannot be parsed") from None
-        if not isinstance(raw, dict):
-            raise DataError("caption: json is not an object")
-    if not isinstance(raw, dict):
-        raise DataError("caption: no json member")
-    prompt, split = raw.get("prompt"), raw.get("split") or ""
-    if prompt is None:
-        raise DataError("caption: no prompt")
-    if not isinstance(prompt, str) or _name(prompt) != prompt:
-        raise DataError("caption: prompt is not text")
-    if not prompt.strip():
-        raise DataError("caption: empty prompt")
-    if split not in SPLITS:
-        raise DataError("caption: split is not train, validation or test")
-    return prompt.strip(), split
-
-
-def _name(value: Any) -> str:
-    """``value`` as text that UTF-8 can hold; names in a tar can be any bytes."""
-    return str("" if value is None else value).encode("utf-8", "replace").decode("utf-8")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pose_core.data.captions import TEST, TRAIN, VALIDATION
+
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {"left": -1, "right": 1}
 """Name of each starting direction and its step along x."""
@@ -25,7 +27,6 @@ COLOURS = {"red": (1.0, 0.15, 0.15), "green": (0.15, 1.0, 0.15)}
 """Colour of the digit in front and of the one behind, as shares of full red, green and blue."""
 LEVELS = ("one", "two")
 """How many digits a clip shows."""
-SPLITS = ("train", "validation", "test")
 
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
 """The clips that the shipped weights were trained on."""
@@ -92,7 +93,7 @@ def samples_of(digit: int, split: str) -> np.ndarray:
     """Indices of the handwritten samples of ``digit`` that belong to a split; no two splits share one."""
     indices = np.flatnonzero(_handwriting()[1] == digit)
     turn = np.arange(len(indices)) % (2 * HELDOUT_EVERY)
-    chosen = {"validation": turn == 0, "test": turn == HELDOUT_EVERY, "train": turn % HELDOUT_EVERY != 0}[split]
+    chosen = {VALIDATION: turn == 0, TEST: turn == HELDOUT_EVERY, TRAIN: turn % HELDOUT_EVERY != 0}[split]
     return indices[chosen]
 
 

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -18,17 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pose_core.data.clips import ClipRules, encode_mp4
-from pose_core.data.moving_digits import CLEAR_PIXELS, DIGIT_PIXELS, SPLITS, draw_clip, render
+from pose_core.data.buckets import Bucket
+from pose_core.data.captions import SPLITS
+from pose_core.data.clips import encode_mp4
+from pose_core.data.moving_digits import CLEAR_PIXELS, DIGIT_PIXELS, draw_clip, render
 from pose_core.errors import DataError
 
-SHARD_VERSION = "1"
+SHARD_VERSION = "2"
 VERSION_KEY = b"pose.shard_version"
+DETAILS_KEY = b"pose.details"
 ROW_GROUP_BYTES = 64 * 2**20
 """Readers take a row group at a time: what they hold of a shard stays near this size."""
 
 TRAINING_COLUMNS = {
     "key": "",
+    "source": "",
     "prompt": "",
     "latents": "C T h w",
     "text": "L D",
@@ -38,8 +42,9 @@ TRAINING_COLUMNS = {
 }
 """Columns of a training shard and a cell's axes (none: a string).
 
-``latents`` clean video latents, ``text`` and ``image`` embeddings, ``first_frame`` the image condition's latents with
-their mask (absent for text-to-video, as ``image`` is), ``video`` uint8 pixels, in held-out shards only.
+``key`` names the clip, ``source`` the video it is of, ``latents`` clean video latents, ``text`` and ``image``
+embeddings, ``first_frame`` the image condition's latents with their mask (absent for text-to-video, as ``image`` is),
+``video`` uint8 pixels, in held-out shards only.
 """
 
 
@@ -66,7 +71,7 @@ def write_tar(target: str | Path | IO[bytes], samples: Iterable[tuple[str, Mappi
                 tar.addfile(member, io.BytesIO(content))
 
 
-def digits_tar(seed: int, index: int, clips: int, split: str, level: str, rules: ClipRules) -> bytes:
+def digits_tar(seed: int, index: int, clips: int, split: str, level: str, rules: Bucket) -> bytes:
     """Render tar number ``index`` of the moving-digits domain: ``clips`` mp4 clips of ``rules``' size and rate.
 
     Each sample's json holds ``prompt``, ``split`` (one of ``SPLITS``) and every field of ``DigitClip``. The same
@@ -99,13 +104,8 @@ def digits_tar(seed: int, index: int, clips: int, split: str, level: str, rules:
     return buffer.getvalue()
 
 
-def quarantine_line(row: Mapping[str, Any]) -> str:
-    """One JSON line, without its newline, that names an unusable clip: ``key``, ``shard`` and ``reason``."""
-    return json.dumps({name: row[name] for name in ("key", "shard", "reason")})
-
-
-def to_table(rows: Mapping[str, np.ndarray | list[str]]) -> pa.Table:
-    """Put columns of B rows into a table that ``parquet_bytes`` writes.
+def to_table(rows: Mapping[str, np.ndarray | list[str]], details: Mapping[str, Any] | None = None) -> pa.Table:
+    """Put columns of B rows into a table that ``parquet_bytes`` writes, with ``details`` on how they were made.
 
     An array ``[B, ...]`` with two axes or more becomes a fixed-shape tensor column of its own type; a list or a
     one-dimensional array of text becomes a string column.
@@ -117,7 +117,13 @@ def to_table(rows: Mapping[str, np.ndarray | list[str]]) -> pa.Table:
     if len(set(counts.values())) > 1:
         raise DataError(f"columns of a shard need equally many rows, got {counts}")
     columns = {name: _column(name, column) for name, column in rows.items()}
-    return pa.table(columns).replace_schema_metadata({VERSION_KEY: SHARD_VERSION.encode()})
+    metadata = {VERSION_KEY: SHARD_VERSION.encode(), DETAILS_KEY: json.dumps(details or {}, sort_keys=True).encode()}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def details_of(table: pa.Table) -> dict[str, Any]:
+    """What ``to_table`` was told of how the rows were made: the ``encoders``' fingerprints and the ``bucket``."""
+    return dict(json.loads((table.schema.metadata or {}).get(DETAILS_KEY, b"{}")))
 
 
 def _column(name: str, column: np.ndarray | list[str]) -> pa.Array:
@@ -157,10 +163,11 @@ def from_table(table: pa.Table) -> dict[str, np.ndarray | list[str]]:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Write ``table`` as Parquet in row groups of about ``ROW_GROUP_BYTES``."""
+    """Write ``table`` as Parquet in row groups of about ``ROW_GROUP_BYTES``, with a checksum on every page."""
     rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(table.nbytes, 1))
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=rows, compression="zstd", use_dictionary=False)
+    options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(table, buffer, row_group_size=rows, **options)
     return buffer.getvalue()
 
 
@@ -168,13 +175,41 @@ def read_parquet_bytes(content: bytes) -> pa.Table:
     """Read what ``parquet_bytes`` wrote.
 
     Raises:
-        DataError: not Parquet, or a training shard of another version.
+        DataError: not Parquet, a page that is not what was written, or a training shard of another version.
     """
     try:
-        table = pq.read_table(pa.BufferReader(content))
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except (pa.ArrowException, OSError):
         raise DataError("a training shard is not readable Parquet: run prepare_data again") from None
-    version = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode("utf-8", "replace")
+    _check_version(table.schema)
+    return table
+
+
+def read_rows(file: IO[bytes], columns: Sequence[str], start: int, stop: int, rows: int) -> dict[str, Any]:
+    """Rows ``start`` to ``stop`` of an open training shard of ``rows`` rows, of those ``columns`` that it has.
+
+    Only row groups that hold any of them are read.
+
+    Raises:
+        DataError: not Parquet, a training shard of another version, or one with another number of rows.
+    """
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as shard:
+            _check_version(shard.schema_arrow)
+            found = shard.metadata.num_rows
+            if found != rows:
+                raise DataError(f"a training shard has {found} rows instead of {rows}: run prepare_data again")
+            ends = np.cumsum([shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)])
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            names = [name for name in columns if name in shard.schema_arrow.names]
+            table = shard.read_row_groups(range(first, last + 1), columns=names, use_threads=False)
+            before = int(ends[first - 1]) if first else 0
+            return from_table(table.slice(start - before, stop - start))
+    except (pa.ArrowException, OSError):
+        raise DataError("a training shard is not readable Parquet: run prepare_data again") from None
+
+
+def _check_version(schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(VERSION_KEY, b"none").decode("utf-8", "replace")
     if version != SHARD_VERSION:
         raise DataError(f"training shard version {version}, this program reads {SHARD_VERSION}: run prepare_data again")
-    return table

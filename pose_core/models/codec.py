@@ -6,6 +6,7 @@ The text and image paths are the stock pipeline's own, so that what is trained o
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from pose_core.errors import CheckpointError
 from pose_core.models.folders import read_config
 from pose_core.models.sizes import takes_image
 from pose_core.models.video_model import Condition
+
+ENCODERS = (
+    *("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder"),
+    *("image_processor", "feature_extractor"),
+)
+"""Parts of a diffusers folder that decide what is encoded."""
 
 
 class PipelineCodec:
@@ -160,3 +167,18 @@ def load_encoders(kind: Any, folder: Path, encoders: list[str], device: str, **w
         raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())}", in_call=True) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def encoder_fingerprints(folder: Path) -> dict[str, str]:
+    """SHA-256 over the files of each part that encodes, by its name: other weights or settings give another one."""
+    fingerprints = {}
+    for part in ENCODERS:
+        files = sorted(file for file in (folder / part).rglob("*") if file.is_file())
+        if files:
+            whole = hashlib.sha256()
+            for file in files:
+                with open(file, "rb") as opened:
+                    content = hashlib.file_digest(opened, "sha256").hexdigest()
+                whole.update(f"{file.relative_to(folder)} {content}\n".encode())
+            fingerprints[part] = whole.hexdigest()
+    return fingerprints

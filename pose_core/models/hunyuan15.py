@@ -158,15 +158,24 @@ class Hunyuan15Family:
         encoders = ["vae", "text_encoder", "text_encoder_2", *(["image_encoder"] if with_image else [])]
         return Hunyuan15Codec(load_encoders(kind, folder, encoders, device), text_tokens)
 
+    def compression(self, folder: Path) -> tuple[int, int]:
+        vae = self._vae(folder)
+        patch = read_config(folder, "transformer").get("patch_size", 1)
+        return vae.temporal_compression_ratio, vae.spatial_compression_ratio * patch
+
+    @staticmethod
+    def _vae(folder: Path) -> AutoencoderKLHunyuanVideo15:
+        """The VAE without its weights."""
+        with torch.device("meta"):
+            return AutoencoderKLHunyuanVideo15.from_config(read_config(folder, "vae"))
+
     def clip_shapes(
         self, folder: Path, *, task: str, frames: int, height: int, width: int, text_tokens: int
     ) -> ClipShapes:
-        config, widths = read_config(folder, "transformer"), self.widths(folder, task)
-        with torch.device("meta"):
-            vae = AutoencoderKLHunyuanVideo15.from_config(read_config(folder, "vae"))
+        config, widths, vae = read_config(folder, "transformer"), self.widths(folder, task), self._vae(folder)
         temporal, spatial = vae.temporal_compression_ratio, vae.spatial_compression_ratio
         patch, patch_t = config.get("patch_size", 1), config.get("patch_size_t", 1)
-        check_size(frames, height, width, temporal, spatial * patch)
+        check_size(frames, height, width, *self.compression(folder))
         size = (frames - 1) // temporal + 1, height // spatial, width // spatial
         return ClipShapes(
             pixels=(3, frames, height, width),

@@ -128,7 +128,7 @@ class LTXFamily:
         self, folder: Path, teacher: Path, *, meta: bool = False, dtype: torch.dtype = torch.float32
     ) -> LTX:
         module = build_empty(LTXVideoTransformer3DModel, folder, "transformer", self.name, dtype)
-        model = LTX(module, *compression(teacher), Weights(folder))
+        model = LTX(module, *vae_compression(teacher), Weights(folder))
         if not meta:
             model.read_weights()
         return model
@@ -136,14 +136,17 @@ class LTXFamily:
     def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> LTXCodec:
         return LTXCodec(load_encoders(LTXImageToVideoPipeline, folder, ["vae", "text_encoder"], device), text_tokens)
 
+    def compression(self, folder: Path) -> tuple[int, int]:
+        temporal, spatial = vae_compression(folder)
+        # The stock pipelines want multiples of 32.
+        return temporal, max(32, spatial * read_config(folder, "transformer").get("patch_size", 1))
+
     def clip_shapes(
         self, folder: Path, *, task: str, frames: int, height: int, width: int, text_tokens: int
     ) -> ClipShapes:
-        config, (temporal, spatial) = read_config(folder, "transformer"), compression(folder)
+        config, (temporal, spatial) = read_config(folder, "transformer"), vae_compression(folder)
         patch, patch_t = config.get("patch_size", 1), config.get("patch_size_t", 1)
-        check_size(
-            frames, height, width, temporal, max(32, spatial * patch)
-        )  # the stock pipelines want multiples of 32
+        check_size(frames, height, width, *self.compression(folder))
         channels, time, rows, columns = (
             config["in_channels"] // (patch * patch * patch_t),
             (frames - 1) // temporal + 1,
@@ -167,7 +170,7 @@ class LTXFamily:
         """Nothing else differs."""
 
 
-def compression(folder: Path) -> tuple[int, int]:
+def vae_compression(folder: Path) -> tuple[int, int]:
     """Frames and pixels a side that a latent of the folder's VAE stands for."""
     with torch.device("meta"):
         vae = AutoencoderKLLTXVideo.from_config(read_config(folder, "vae"))

@@ -14,15 +14,22 @@ def takes_image(config: dict[str, Any]) -> bool:
     return config.get("in_channels", 16) > (config.get("out_channels") or config.get("in_channels", 16))
 
 
+def compression(folder: Path) -> tuple[int, int]:
+    """Frames that a Wan VAE makes one latent frame of, and what a clip's sides must be multiples of, in pixels."""
+    vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
+    patch = transformer.get("patch_size", [1, 2, 2])[1]
+    return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8) * patch
+
+
 def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Latent shape ``(C, T, h, w)`` of a clip, from a Wan VAE's compression factors.
 
     Raises:
         CheckpointError: when the clip's size is not a multiple of what the model compresses by.
     """
-    vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
-    temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    check_size(frames, height, width, temporal, spatial * transformer.get("patch_size", [1, 2, 2])[1])
+    vae, (temporal, step) = read_config(folder, "vae"), compression(folder)
+    spatial = vae.get("scale_factor_spatial", 8)
+    check_size(frames, height, width, temporal, step)
     return vae.get("z_dim", 16), (frames - 1) // temporal + 1, height // spatial, width // spatial
 
 

@@ -221,6 +221,10 @@ class Family(Protocol):
         """
         ...
 
+    def compression(self, folder: Path) -> tuple[int, int]:
+        """Frames that become one latent frame, and what a clip's sides must be multiples of, in pixels."""
+        ...
+
     def clip_shapes(
         self, folder: Path, *, task: str, frames: int, height: int, width: int, text_tokens: int
     ) -> ClipShapes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty
 from pose_core.models.folders import read_config
-from pose_core.models.sizes import latent_shape, takes_image
+from pose_core.models.sizes import compression, latent_shape, takes_image
 from pose_core.models.video_model import ClipShapes, Codec, Condition, ConditionWidths
 from pose_core.models.weights import Weights
 
@@ -187,6 +187,9 @@ class WanFamily:
         from pose_core.models.codec import WanCodec
 
         return WanCodec.load(folder, text_tokens, device)
+
+    def compression(self, folder: Path) -> tuple[int, int]:
+        return compression(folder)
 
     def clip_shapes(
         self, folder: Path, *, task: str, frames: int, height: int, width: int, text_tokens: int

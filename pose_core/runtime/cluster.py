@@ -20,6 +20,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
 
 from pose_core.errors import ClusterError, ConfigError
+from pose_core.settings import Settings
 
 DATA_CPUS = 0.5
 """CPUs that training leaves to the tasks that feed it."""
@@ -122,19 +123,48 @@ def _may_grow(client: JobSubmissionClient) -> bool:
     return types is None or any(name != f"node_{node}" for node, name in types.items())
 
 
-def require(available: Capacity, workers: int, cpus_per_worker: float, gpus_per_worker: float) -> None:
+def data_cpus(settings: Settings) -> float:
+    """CPUs that must be left beside the train workers for whatever feeds them."""
+    if settings.data.train_from == "prepared":
+        return DATA_CPUS
+    return settings.data.encoder_cpus + settings.training.raw_decode_cpus
+
+
+def raw_encoders(available: Capacity, settings: Settings) -> int:
+    """How many encoders of raw clips fit beside train workers and decoding; up to ``data.encoder_actors``, at least 1.
+
+    More would take the place of the tasks that they wait for.
+    """
+    data, training = settings.data, settings.training
+    if available.autoscales:
+        return data.encoder_actors
+    cpus = available.cpus - training.workers * training.cpus_per_worker - training.raw_decode_cpus
+    fit = math.floor(cpus / data.encoder_cpus + 1e-9)
+    if data.encoder_gpus:
+        gpus = available.gpus - training.workers * training.gpus_per_worker
+        fit = min(fit, math.floor(gpus / data.encoder_gpus + 1e-9))
+    return max(1, min(fit, data.encoder_actors))
+
+
+def require(
+    available: Capacity,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    data_cpus: float = DATA_CPUS,
+) -> None:
     """Check that the train workers, and beside them the tasks that feed them, can ever run at once.
 
     Raises:
         ConfigError: names ``training.workers``, what the cluster holds at most, and what to set.
     """
-    by_cpu = math.floor((available.cpus - DATA_CPUS) / cpus_per_worker + 1e-9)
+    by_cpu = math.floor((available.cpus - data_cpus) / cpus_per_worker + 1e-9)
     by_gpu = math.floor(available.gpus / gpus_per_worker + 1e-9) if gpus_per_worker else by_cpu
     most = max(0, min(by_cpu, by_gpu))
     if available.autoscales or workers <= most:
         return
     each = f"{cpus_per_worker:g} CPUs" + (f" and {gpus_per_worker:g} GPUs" if gpus_per_worker else "")
-    holds = f"{available.cpus:g} CPUs ({DATA_CPUS:g} of them for data tasks) and {available.gpus:g} GPUs"
+    holds = f"{available.cpus:g} CPUs ({data_cpus:g} of them for data tasks) and {available.gpus:g} GPUs"
     scarce = "gpus_per_worker" if by_gpu < by_cpu else "cpus_per_worker"
     remedy = f"set training.workers={most}" if most else f"lower training.{scarce}"
     raise ConfigError(

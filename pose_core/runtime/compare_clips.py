@@ -12,15 +12,15 @@ from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
+from pose_core.data.captions import HELDOUT, TRAIN
 from pose_core.data.shards import from_table, read_parquet_bytes
 from pose_core.errors import DataError
 from pose_core.evaluation.scoring import with_reference
 from pose_core.models.video_model import Condition
-from pose_core.runtime.datasets import HELDOUT, TRAINED_ON, Prepared
+from pose_core.runtime.datasets import TRAINED_ON, Prepared
 from pose_core.runtime.local_files import write_whole
 from pose_core.training.state import Batch
 
-TRAIN = "train"
 NULL_TEXT = "null_text"
 
 

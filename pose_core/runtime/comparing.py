@@ -117,7 +117,7 @@ class Comparison:
         if has_clips(self.folder, self.data_key):
             return
         with open_session(self.settings) as session, stage_run("prepare_data", session.settings) as run:
-            preparing.prepare_shards(run, preparing.raw_shards(run))
+            preparing.prepare_shards(run, preparing.raw_videos(run), _teacher(run.settings))
             write_clips(self.folder, preparing.open_prepared(run), self.data_key)
 
     def make_rows(self, table: str) -> None:

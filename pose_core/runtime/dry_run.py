@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,14 +12,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pose_core.errors import DataError
 from pose_core.models.folders import find_folder
 from pose_core.models.video_model import ClipShapes, Shape
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.object_store import find_weed
 from pose_core.runtime.preflight import check_models
-from pose_core.runtime.preparing import MOVING_DIGITS
+from pose_core.runtime.preparing import MOVING_DIGITS, find_raw
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
 from pose_core.runtime.storage import Store
 from pose_core.runtime.teachers import BUCKET
@@ -36,6 +36,8 @@ WRITES = {
     "export": "model/, lora/",
 }
 """The folders of each stage's artifact."""
+UNITS = {"webdataset": "tars", "videos": "video files", "parquet": "Parquet files of videos"}
+"""What the objects are that each source reads."""
 OK, WARNING, UNCHECKED = "ok", "warning", "not checked"
 UNKNOWN, TO_DO, DONE = "not known", "to do", "done"
 
@@ -109,10 +111,8 @@ def _raw_data(settings: Settings) -> Check:
         )
     if _is_placeholder(uri):
         return Check("raw data", WARNING, f"{uri} is a placeholder: set data.raw_uri to your videos")
-    tars = sum(key.endswith(".tar") for key in Store.open(uri).list())
-    if not tars:
-        raise DataError(f"data.raw_uri={uri} holds no .tar shard: name a folder of WebDataset tars", in_call=True)
-    return Check("raw data", OK, f"{uri} holds {tars} tars")
+    found = Counter(unit.source for unit in find_raw(settings.data, settings.storage.retry_seconds).units)
+    return Check("raw data", OK, f"{uri} holds " + ", ".join(f"{count} {UNITS[name]}" for name, count in found.items()))
 
 
 def _is_placeholder(uri: str) -> bool:
@@ -131,7 +131,8 @@ def _cluster(settings: Settings) -> Check:
         return Check("cluster", UNCHECKED, f"no cluster named, set RAY_ADDRESS=http://HOST:8265: {asked} are needed")
     else:
         available, place = cluster.Capacity(os.cpu_count() or 1, 0, autoscales=False), "this machine"
-    cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker)
+    beside = cluster.data_cpus(settings)
+    cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker, beside)
     grows = " and may grow" if available.autoscales else ""
     return Check(
         "cluster", OK, f"{place} has {available.cpus:g} CPUs and {available.gpus:g} GPUs{grows}; {asked} are needed"

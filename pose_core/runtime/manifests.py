@@ -34,6 +34,8 @@ class Stage:
     name: str
     inputs: tuple[str, ...]
     settings: tuple[str, ...]
+    incremental: bool = False
+    """It knows by itself what of its folder still stands for the settings, and makes only the rest."""
 
     @property
     def script(self) -> str:
@@ -45,7 +47,7 @@ PHASE = ("run", "model", "data", "method", "training", "alarms")
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("prepare_data", (), ("run", "model", "data")),
+        Stage("prepare_data", (), ("run", "model", "data", "curation"), incremental=True),
         Stage("stability_priming", ("prepare_data",), (*PHASE, "priming")),
         Stage(
             "adversarial_equilibrium",
@@ -69,9 +71,12 @@ SUITES: Mapping[str, Stage] = {
 _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
     "run": frozenset({"name", "output_folder"}),
     "data": frozenset({"encoder_actors", "encoder_batch_clips", "encoder_cpus", "encoder_gpus"}),
+    "curation": frozenset({"examples_per_rule", "decoder_cpus"}),
     "training": frozenset(
         {"cpus_per_worker", "gpus_per_worker", "threads_per_worker", "activation_checkpointing", "max_failures"}
         | {"compile_blocks", "accumulation"}
+        # Each clip comes once an epoch whatever their number, so a run may go on with other workers.
+        | {"workers", "raw_chunks_ahead", "raw_decode_cpus", "log_clips"}
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),
@@ -151,7 +156,8 @@ def pending(run: Store, settings: Settings) -> list[Stage]:
 def begin(run: Store, stage: Stage, settings: Settings) -> Store:
     """Make the stage's folder ready to be written and return it; from here on it holds no artifact.
 
-    What an interrupted attempt with the same settings left, such as checkpoints, stays; all other content is deleted.
+    What an interrupted attempt with the same settings left, such as checkpoints, stays; all other content is deleted,
+    unless the stage is ``incremental``.
 
     Raises:
         ConfigError: an input is missing or was made with other settings; the message names the script to run first.
@@ -168,7 +174,8 @@ def begin(run: Store, stage: Stage, settings: Settings) -> Store:
         if finished:
             # Deleting takes many requests: should it be cut off, the rest must not pass for an artifact.
             folder.write_bytes(MANIFEST, b"")
-        run.delete_prefix(stage.name)
+        if not stage.incremental:
+            run.delete_prefix(stage.name)
         folder.write_bytes(_STARTED, identity.encode())
     return folder
 

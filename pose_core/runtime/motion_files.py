@@ -58,7 +58,7 @@ def measure_file(file: Path, image: Path | None = None) -> Motion:
         DataError: it cannot be read, or is a single frame (correctable in the call).
     """
     try:
-        frames, times = decode(file.read_bytes(), file_format=CONTAINERS[file.suffix.lower()])
+        frames, times = decode(file.read_bytes())
         # A file of even spacing has its rate; one without times is taken for the usual one.
         seconds = float(times[-1] - times[0]) if len(times) > 1 else 0.0
         rate = (len(frames) - 1) / seconds if seconds > 0 else 24.0

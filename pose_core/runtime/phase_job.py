@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pose_core.runtime.datasets import Prepared
+from pose_core.runtime.feeding import TrainingData
 from pose_core.runtime.storage import Store
 from pose_core.runtime.tracking import Tracker
 from pose_core.settings import Settings
@@ -20,7 +20,7 @@ class PhaseJob:
 
     phase: str
     settings: Settings
-    prepared: Prepared
+    data: TrainingData
     artifact: Store
     """Where the phase's results go."""
     generator: Store | None

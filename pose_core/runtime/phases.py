@@ -12,16 +12,16 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pose_core.errors import ClusterError, PoseError
+from pose_core.runtime import cluster
 from pose_core.runtime.failures import EndAtOnce
+from pose_core.runtime.feeding import TrainingData
 from pose_core.runtime.phase_job import PhaseJob
-from pose_core.runtime.preparing import open_prepared
+from pose_core.runtime.preparing import open_prepared, raw_files
+from pose_core.runtime.raw_clips import RawClips
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
 from pose_core.runtime.worker import GOOD_STEP, run_phase
 from pose_core.settings import Settings
-
-SHARE_OF_DATA_TASKS = 1.1
-"""Rows planned over rows needed: an equal split over the workers drops the remainder of a block."""
 
 
 def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> None:
@@ -36,12 +36,22 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
     """
     generator = run.artifact_of(start_from) if start_from else None
     with _progress(run, _steps(phase, run.settings)) as board:
-        job = PhaseJob(phase, run.settings, open_prepared(run), run.artifact, generator, run.tracker, board)
+        job = PhaseJob(phase, run.settings, _data(run), run.artifact, generator, run.tracker, board)
         try:
             result = _trainer(job, run.artifact.child("checkpoints"), run.fingerprint).fit()
         except ray.train.TrainingFailedError as error:
             raise _plain(error, run.name) from error
     run.metrics |= {key: value for key, value in (result.metrics or {}).items() if isinstance(value, int | float)}
+
+
+def _data(run: StageRun) -> TrainingData:
+    settings, prepared = run.settings, open_prepared(run)
+    if settings.data.train_from == "prepared":
+        return TrainingData(settings, prepared)
+    data = settings.data
+    raw = RawClips(raw_files(run), prepared.store, data.clips_per_shard, data.heldout_fraction, data.frames_per_second)
+    encoders = cluster.raw_encoders(cluster.capacity(cluster.connect()), settings)
+    return TrainingData(settings, prepared, raw, len(raw.shards()), encoders)
 
 
 def _steps(phase: str, settings: Settings) -> int:
@@ -50,9 +60,6 @@ def _steps(phase: str, settings: Settings) -> int:
 
 def _trainer(job: PhaseJob, checkpoints: Store, fingerprint: str) -> TorchTrainer:
     training = job.settings.training
-    rows = int(
-        (job.steps + 1) * training.workers * training.batch_per_worker // training.context_workers * SHARE_OF_DATA_TASKS
-    )
     filesystem, path = checkpoints.arrow()
     resources = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
@@ -60,7 +67,6 @@ def _trainer(job: PhaseJob, checkpoints: Store, fingerprint: str) -> TorchTraine
     return TorchTrainer(
         run_phase,
         train_loop_config={"job": job},
-        datasets={"train": job.prepared.stream(rows, job.settings.run.seed)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),

@@ -13,30 +13,30 @@ import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import boto3
 import pyarrow
 import pyarrow.fs
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from pose_core.data.sources.source import Stored
 from pose_core.errors import StorageError
 from pose_core.runtime.local_files import is_partial, partial_name, replace_folder, write_whole
+from pose_core.runtime.pieces import Piece
+from pose_core.runtime.s3_client import CONNECT_SECONDS, SILENT_SECONDS, fill_piece, s3_client
 from pose_core.runtime.storage_errors import explain
 
 _READ_SECONDS = 60
 _PROBE_SECONDS = 4
-_CONNECT_SECONDS = 3
 _ATTEMPTS = 3
 _CHUNK_BYTES = 8 << 20
 _LOCAL = pyarrow.fs.LocalFileSystem()
 
 Keys = list[str]
+Found = list[Stored]
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,24 @@ class Store(ABC):
         """The whole object; meant for small ones."""
 
     @abstractmethod
+    def fill(self, piece: Piece) -> None:
+        """Go on reading ``piece`` from where it stands, with one request; what came before an error stays in it.
+
+        Raises:
+            StorageError: also where the object is not ``piece.version`` any more. ``passing`` ones are worth a retry.
+        """
+
+    @abstractmethod
     def write_bytes(self, key: str, data: bytes) -> None:
         """Write the object at once: readers see the old content or the new, never a part."""
 
-    @abstractmethod
     def list(self, prefix: str = "") -> Keys:
         """All keys below ``prefix`` (a folder's name), sorted, relative to this store's root; maybe none."""
+        return [stored.key for stored in self.stored(prefix)]
+
+    @abstractmethod
+    def stored(self, prefix: str = "") -> Found:
+        """The same with sizes and versions."""
 
     def versions(self) -> builtins.list[tuple[str, int, int]]:
         """Path, bytes and time of change of every file below the root, sorted: another content, another list."""
@@ -117,7 +129,7 @@ class Store(ABC):
         return sorted((each.path, each.size, each.mtime_ns) for each in found if each.is_file)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete everything in the folder ``prefix`` and below; nothing there is fine. The root itself is refused."""
+        """Delete the object or the folder ``prefix`` with all below; nothing there is fine. The root is refused."""
         if not prefix.strip("/"):
             raise StorageError(f"refusing to delete all of {self.uri}; name a prefix below it")
         self._delete(prefix)
@@ -189,19 +201,35 @@ class _FolderStore(Store):
         with _one_line(self.url(key)):
             return Path(self.url(key)).read_bytes()
 
+    def fill(self, piece: Piece) -> None:
+        with _one_line(self.url(piece.key)), Path(self.url(piece.key)).open("rb") as file:
+            size, version = _version(os.fstat(file.fileno()))
+            if piece.version not in ("", version):
+                raise OSError("PreconditionFailed")
+            piece.version, piece.size = version, size
+            file.seek(piece.at)
+            piece.data += file.read(min(piece.stop, piece.size) - piece.at)
+            if not piece.whole:
+                raise ConnectionError("cut off")
+
     def write_bytes(self, key: str, data: bytes) -> None:
         with _one_line(self.url(key)):
             write_whole(Path(self.url(key)), data)
 
-    def list(self, prefix: str = "") -> Keys:
+    def stored(self, prefix: str = "") -> Found:
         root = Path(self.uri)
         with _one_line(self.url(prefix)):
             files = (path for path in Path(self.url(prefix)).rglob("*") if path.is_file() and not is_partial(path))
-            return sorted(path.relative_to(root).as_posix() for path in files)
+            found = [Stored(path.relative_to(root).as_posix(), *_version(path.stat())) for path in files]
+        return sorted(found, key=lambda stored: stored.key)
 
     def _delete(self, prefix: str) -> None:
         with _one_line(self.url(prefix)), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.url(prefix))
+            Path(self.url(prefix)).unlink() if self.exists(prefix) else shutil.rmtree(self.url(prefix))
+
+
+def _version(status: os.stat_result) -> tuple[int, str]:
+    return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
 
 
 class _BucketStore(Store):
@@ -212,10 +240,10 @@ class _BucketStore(Store):
         return {"Bucket": bucket, "Key": full_key}
 
     @contextlib.contextmanager
-    def _s3(self, key: str = "", read_seconds: int = _READ_SECONDS) -> Iterator[Any]:
+    def _s3(self, key: str = "", read_seconds: int = _READ_SECONDS, attempts: int = _ATTEMPTS) -> Iterator[Any]:
         with _one_line(self.url(key)):
             settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-            yield _s3_client(settings, read_seconds)
+            yield s3_client(settings, read_seconds, attempts)
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
         with self._s3() as s3:
@@ -229,7 +257,7 @@ class _BucketStore(Store):
                 allow_bucket_creation=False,
                 # Or copy_files, which Ray Train uses too, drops the errors of its uploads.
                 background_writes=False,
-                connect_timeout=_CONNECT_SECONDS,
+                connect_timeout=CONNECT_SECONDS,
                 request_timeout=_READ_SECONDS,
                 retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
                 tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE") or None,
@@ -239,7 +267,7 @@ class _BucketStore(Store):
     def _probe(self, key: str) -> None:
         with self._s3(read_seconds=_PROBE_SECONDS) as s3:
             # First, because some stores create a missing bucket on a put. A HEAD request would not say what is wrong.
-            next(self._raw_keys(s3, ""), None)
+            next(self._raw(s3, ""), None)
             s3.put_object(**self._at(key), Body=b"pose")
             s3.delete_object(**self._at(key))
 
@@ -260,46 +288,35 @@ class _BucketStore(Store):
         with self._s3(key) as s3:
             return bytes(s3.get_object(**self._at(key))["Body"].read())
 
+    def fill(self, piece: Piece) -> None:
+        with self._s3(piece.key, read_seconds=SILENT_SECONDS, attempts=1) as s3:
+            fill_piece(s3, self._at(piece.key), piece)
+
     def write_bytes(self, key: str, data: bytes) -> None:
         with self._s3(key) as s3:
             s3.put_object(**self._at(key), Body=data)
 
-    def _raw_keys(self, s3: Any, prefix: str) -> Iterator[str]:
+    def _raw(self, s3: Any, prefix: str) -> Iterator[Stored]:
         bucket, below = self._at(prefix).values()
         below = f"{below}/".removeprefix("/")
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=below):
-            yield from (item["Key"] for item in page.get("Contents", ()))
+            yield from (Stored(item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", ()))
 
-    def list(self, prefix: str = "") -> Keys:
+    def stored(self, prefix: str = "") -> Found:
         root = f"{self._at('')['Key']}/".removeprefix("/")
         with self._s3(prefix) as s3:
             # A key that ends in '/' is a marker by which some tools show an empty folder.
-            return sorted(key.removeprefix(root) for key in self._raw_keys(s3, prefix) if not key.endswith("/"))
+            found = [each for each in self._raw(s3, prefix) if not each.key.endswith("/")]
+        return sorted((replace(each, key=each.key.removeprefix(root)) for each in found), key=lambda each: each.key)
 
     def _delete(self, prefix: str) -> None:
         bucket = self._at(prefix)["Bucket"]
         with self._s3(prefix) as s3:
-            keys = [{"Key": key} for key in self._raw_keys(s3, prefix)]
+            keys = [{"Key": self._at(prefix)["Key"]}, *({"Key": each.key} for each in self._raw(s3, prefix))]
             for start in range(0, len(keys), 1000):
                 batch = {"Objects": keys[start : start + 1000], "Quiet": True}
                 if failed := s3.delete_objects(Bucket=bucket, Delete=batch).get("Errors"):
                     raise ClientError({"Error": failed[0]}, "DeleteObjects")
-
-
-@lru_cache(maxsize=8)
-def _s3_client(settings: tuple[tuple[str, str], ...], read_seconds: int) -> Any:
-    """A client, kept for as long as the ``AWS_*`` variables are ``settings``: making one takes tenths of a second."""
-    session = boto3.session.Session()
-    config = Config(
-        connect_timeout=_CONNECT_SECONDS,
-        read_timeout=read_seconds,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        # Not every S3 store knows the newer checksums.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-    return session.client("s3", region_name=region, config=config)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 import re
 from urllib.parse import urlsplit
 
-from pose_core.errors import StorageError
+from pose_core.errors import ReplacedError, StorageError
 
 # The first row that matches wins. Matched against code, class and message without case, spaces and underscores, because
 # boto3 says NoSuchBucket where pyarrow says NO_SUCH_BUCKET. The last column: another argument in the call would help.
@@ -23,7 +23,12 @@ _ANSWERS: tuple[tuple[str, str, bool], ...] = (
         True,
     ),
     (
-        r"invalidaccesskeyid|signaturedoesnotmatch|invalidclienttokenid|expiredtoken|invalidtoken|credentialretrieval",
+        r"expiredtoken|requestexpired|tokenrefreshrequired",
+        "the credentials for {url} have expired; renew AWS_SESSION_TOKEN or the profile in AWS_SHARED_CREDENTIALS_FILE",
+        True,
+    ),
+    (
+        r"invalidaccesskeyid|signaturedoesnotmatch|invalidclienttokenid|invalidtoken|credentialretrieval",
         "{endpoint} refused the credentials for {url}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the "
         "profile in AWS_SHARED_CREDENTIALS_FILE",
         True,
@@ -45,6 +50,8 @@ _ANSWERS: tuple[tuple[str, str, bool], ...] = (
         "the bucket of {url} is in another region; set AWS_REGION to it",
         True,
     ),
+    (r"cutoff|incompleteread|responsestreaming", "{endpoint} cut {url} off before its end", False),
+    (r"tooslow", "{endpoint} sends {url} too slowly to go on", False),
     (r"invalidendpoint", "AWS_ENDPOINT_URL is {endpoint!r}; write it as http://host:port", True),
     (r"nosuchkey|filenotfound|pathdoesnotexist", "{url} does not exist; was the step that writes it run?", False),
     (
@@ -53,10 +60,23 @@ _ANSWERS: tuple[tuple[str, str, bool], ...] = (
         True,
     ),
     (
-        r"internalerror|internalfailure|serviceunavailable|insufficientstorage|slowdown|unknownerror",
+        r"internalerror|internalfailure|serviceunavailable|insufficientstorage|slowdown|unknownerror|throttling|"
+        r"toomanyrequests|requestlimitexceeded",
         "{endpoint} failed while working on {url}; look in its log, a full disk answers like this",
         False,
     ),
+)
+
+# What may be better on the next try: nobody answers, the store has trouble of its own, or the connection was cut.
+_PASSING = re.compile(
+    r"endpointconnection|timeout|timedout|connectionclosed|networkconnection|connectionerror|connectionreset|"
+    r"proxyconnection|couldnotconnect|connectionrefused|internalerror|internalfailure|serviceunavailable|slowdown|"
+    r"unknownerror|incompleteread|responsestreaming|cutoff|tooslow|throttling|toomanyrequests|requestlimitexceeded"
+)
+# And these with credentials that somebody renews meanwhile.
+_CREDENTIALS = re.compile(
+    r"expiredtoken|requestexpired|tokenrefreshrequired|invalidaccesskeyid|signaturedoesnotmatch|invalidclienttokenid|"
+    r"invalidtoken|credentialretrieval|nocredentials|unabletolocatecredentials"
 )
 
 _ERRNOS = {
@@ -80,6 +100,18 @@ def explain(error: Exception, url: str, local: str | None = None) -> StorageErro
         sentence = _ERRNOS[number].format(place=local or url)
         return StorageError(sentence, in_call=number not in (errno.ENOSPC, errno.EDQUOT))
     said = re.sub(r"[\s_]", "", f"{code} {type(error).__name__} {message}").lower()
+    if re.search(r"preconditionfailed|invalidrange", said):
+        return ReplacedError(
+            f"{url} was replaced while it was read; shards must not change while a run reads them: put the old object "
+            "back, or prepare them again"
+        )
+    told = _told(said, message, url)
+    status = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    told.passing = status >= 500 or bool(_PASSING.search(said) or _CREDENTIALS.search(said))
+    return told
+
+
+def _told(said: str, message: str, url: str) -> StorageError:
     for pattern, sentence, in_call in _ANSWERS:
         if re.search(pattern, said):
             profile = os.environ.get("AWS_PROFILE", "default")

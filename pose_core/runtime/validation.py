@@ -36,7 +36,7 @@ class Validation:
         self.pictured, self.monitored = settings.training.sample_clips, settings.alarms.clips
         if not settings.alarms.every_steps:
             self.monitored = 0
-        self.rows = job.prepared.heldout("validation", max(self.pictured, self.monitored))
+        self.rows = job.data.prepared.heldout("validation", max(self.pictured, self.monitored))
         columns = {name: torch.tensor(self.rows[name], device=device) for name in TRAINED_ON if name in self.rows}
         self.condition = Condition.of(columns)
         draws = Draws(settings.run.seed, 0, "validation", 0, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import json
 import tempfile
 import time
 import warnings
@@ -15,19 +16,24 @@ import ray.train
 import torch
 from torch import Tensor
 
-from pose_core.errors import PoseError
+from pose_core.data.order import Position
+from pose_core.errors import CheckpointError, PoseError
 from pose_core.models.video_model import Condition
+from pose_core.runtime.batches import Batches
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
-from pose_core.settings import Settings
+from pose_core.settings import TrainingSettings
 from pose_core.training import build, checkpoint, loop, parallel
 from pose_core.training.alarms import Alarms, Collapse
 from pose_core.training.state import Batch, Networks
 
+POSITION = "position.json"
+"""A checkpoint's file that says where its data go on."""
 GOOD_STEP, ARMED = "good_step", "armed"
 """Reported with a checkpoint: its step, or 0 where an alarm rang; the figures that alarms watch from then on."""
+WAIT = "data_wait_share"
 
 
 def run_phase(config: dict[str, PhaseJob]) -> None:
@@ -39,17 +45,21 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
     if settings.training.threads_per_worker:
         torch.set_num_threads(settings.training.threads_per_worker)
     device = ray.train.torch.get_device()
-    with tempfile.TemporaryDirectory() as scratch:
-        networks = _networks(job, Path(scratch), device)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
         turns = build.phase_turns(job.phase, settings)
-        optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
-        done = _restore(networks, optimizers)
-        watch = _Watch(job, networks, optimizers, device, done)
+        with _checkpoint_folder() as restored:
+            # First of all, so that data are read while networks are built.
+            batches = stack.enter_context(job.data.batches(_position(restored), *_reader(settings.training)))
+            networks = _networks(job, Path(scratch), device)
+            optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
+            done = checkpoint.load(restored, networks, optimizers) if restored else 0
+        watch = _Watch(job, networks, optimizers, device, done, batches)
         loop.train(
             networks,
             optimizers,
             turns,
-            itertools.islice(_batches(settings, networks.mesh, device), done, None),
+            watch.batches(device),
             first_step=done,
             steps=job.steps,
             seed=settings.run.seed,
@@ -69,30 +79,35 @@ def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
     if job.generator is not None:
         generator = scratch / "generator"
         job.generator.download_folder("generator", generator)
-    null_text = torch.tensor(job.prepared.null_text()).to(device)
+    null_text = torch.tensor(job.data.prepared.null_text()).to(device)
     networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device, meta=True)
     build.shard_networks(networks, job.settings, parallel.build_mesh(job.settings.training, device))
     return networks
 
 
-def _restore(networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> int:
-    """Go on from Ray Train's last checkpoint, if there is one; the number of finished steps."""
+@contextlib.contextmanager
+def _checkpoint_folder() -> Iterator[Path | None]:
+    """Ray Train's last checkpoint, to go on from, if there is one."""
     found = ray.train.get_checkpoint()
     if found is None:
-        return 0
-    with found.as_directory() as folder:
-        return checkpoint.load(Path(folder), networks, optimizers)
+        yield None
+    else:
+        with found.as_directory() as folder:
+            yield Path(folder)
 
 
-def _batches(settings: Settings, mesh: parallel.Mesh | None, device: torch.device) -> Iterator[Batch]:
-    """This rank's batches from the start of the run; a resumed phase skips those it has seen."""
-    shard = ray.train.get_dataset_shard("train")
-    batches = shard.iter_batches(
-        batch_size=settings.training.batch_per_worker, batch_format="numpy", drop_last=True, prefetch_batches=2
-    )
-    assert mesh is not None
-    for rows in parallel.share_clips(iter(batches), mesh, device):
-        yield _to_batch(rows, device)
+def _reader(training: TrainingSettings) -> tuple[int, int]:
+    """Which reader of the training data this rank is, and of how many: ranks that share a clip's tokens are one."""
+    return parallel.rank() // training.context_workers, parallel.ranks() // training.context_workers
+
+
+def _position(restored: Path | None) -> Position:
+    """Where a checkpoint's data go on; the same whatever the number of workers."""
+    if restored is None:
+        return Position()
+    if not (restored / POSITION).is_file():
+        raise CheckpointError(f"the last checkpoint of this phase has no {POSITION}: choose another run.name")
+    return Position.from_json((restored / POSITION).read_text())
 
 
 def _to_batch(rows: dict[str, Any], device: torch.device) -> Batch:
@@ -110,9 +125,11 @@ class _Watch:
         optimizers: dict[str, torch.optim.Optimizer],
         device: torch.device,
         done: int,
+        data: Batches,
     ):
         self.job, self.networks, self.optimizers = job, networks, optimizers
-        self.settings, self.rank = job.settings, parallel.rank()
+        self.settings, self.rank, self.data = job.settings, parallel.rank(), data
+        self.seen: list[dict[str, Any]] = []
         self.validation = Validation(job, networks, device)
         self.good_step, armed = _kept_alarms(done)
         self.alarms = Alarms(self.validation.teacher_figures, self.settings.alarms.lowest_share, armed)
@@ -122,6 +139,13 @@ class _Watch:
             self._log_figures(done, "teacher_", self.alarms.teacher)
             self._has_collapsed(done)
         self.started, self.started_at = time.monotonic(), done
+
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """This rank's batches; what the steps since the last checkpoint have seen is kept in mind."""
+        for batch in self.data:
+            if self.settings.training.log_clips:
+                self.seen.append({"bucket": batch.bucket, "clips": self.job.data.names(batch.places)})
+            yield _to_batch(batch.columns, device)
 
     def after_step(self, step: int, values: dict[str, Tensor]) -> bool:
         """Whether the phase ends here, because of an alarm."""
@@ -142,6 +166,8 @@ class _Watch:
         """Put back what an alarm asks for and log the last samples; every curve is in MLflow when this returns."""
         self.validation.log_pictures(self._go_back() if self.stopped else self.job.steps)
         if self.rank == 0:
+            if refused := self.data.refused():
+                self.job.artifact.write_bytes("quarantine.jsonl", "".join(line + "\n" for line in refused).encode())
             self.job.tracker.flush()
 
     def _report(self, step: int, values: dict[str, float]) -> None:
@@ -149,7 +175,7 @@ class _Watch:
             return
         if values:
             seconds = (time.monotonic() - self.started) / max(step - self.started_at, 1)
-            self.job.tracker.log_metrics(step, values | {"seconds_per_step": seconds})
+            self.job.tracker.log_metrics(step, values | {"seconds_per_step": seconds, WAIT: self._wait_share()})
         losses = {name.split("/")[0]: value for name, value in values.items() if name.endswith("/loss")}
         self.job.progress.update.remote(step, losses)
 
@@ -181,13 +207,27 @@ class _Watch:
             self.job.tracker.flush()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), step, self.networks, self.optimizers)
+            (Path(folder) / POSITION).write_text(self.data.position.to_json())
+            self._log_clips(step)
             # Ray Train keeps what rank 0 reports, which alone knows of alarms.
             good_step = 0 if self.alarms.collapsed else step
             ray.train.report(
-                {"step": step, GOOD_STEP: good_step, ARMED: sorted(self.alarms.armed)},
+                {"step": step, GOOD_STEP: good_step, ARMED: sorted(self.alarms.armed), WAIT: self._wait_share()},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=_name(step),
             )
+
+    def _wait_share(self) -> float:
+        """Share of the time since this worker began to train in which it waited for data."""
+        return self.data.waited_seconds / max(time.monotonic() - self.started, 1e-9)
+
+    def _log_clips(self, step: int) -> None:
+        """Only what lies before a checkpoint: steps behind it are made again after a crash."""
+        if self.rank == 0 and self.seen:
+            first = step - len(self.seen) + 1
+            lines = (json.dumps({"step": first + at} | seen) + "\n" for at, seen in enumerate(self.seen))
+            self.job.artifact.write_bytes(f"clips/{_name(step)}.jsonl", "".join(lines).encode())
+        self.seen = []
 
     def _go_back(self) -> int:
         """Restore the last checkpoint without an alarm; its step."""

@@ -6,7 +6,6 @@ are sharded over all ranks of a replica, context groups included, so that none o
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,18 +153,6 @@ def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
 def shard_heads(heads: nn.Module, mesh: Mesh) -> None:
     """Shard the discriminator heads in place; they stay in float32, and see all tokens of a clip on every rank."""
     fully_shard(heads, mesh=mesh.weights)
-
-
-def share_clips(own: Iterator[Nested], mesh: Mesh, device: torch.device) -> Iterator[Nested]:
-    """The batches of a context group, the same on all of its ranks: each rank's ``own`` in turn, one a step."""
-    if mesh.context is None:
-        yield from own
-        return
-    group = mesh.context["ulysses"].get_group()
-    for turn in itertools.cycle(range(mesh.context_ranks)):
-        mine = [next(own) if turn == mesh.context_rank else None]
-        dist.broadcast_object_list(mine, group=group, group_src=turn, device=device)
-        yield mine[0]  # type: ignore[misc]
 
 
 def reshard(module: nn.Module) -> None:

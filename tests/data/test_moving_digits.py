@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pose_core.data.captions import SPLITS
 from pose_core.data.moving_digits import (
     CLEAR_PIXELS,
     COLOURS,
@@ -16,7 +17,6 @@ from pose_core.data.moving_digits import (
     FRAMES,
     HEIGHT,
     PACES,
-    SPLITS,
     WIDTH,
     DigitClip,
     Mover,

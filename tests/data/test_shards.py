@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pose_core.data import shards
-from pose_core.data.clips import ClipRules, decode
-from pose_core.data.moving_digits import LEVELS, SPLITS, DigitClip, Mover, render
+from pose_core.data.buckets import Bucket
+from pose_core.data.captions import SPLITS
+from pose_core.data.clips import decode
+from pose_core.data.moving_digits import LEVELS, DigitClip, Mover, render
 from pose_core.errors import DataError
 
-RULES = ClipRules(5, 16, 32, 8.0)
+RULES = Bucket(5, 16, 32, 8.0)
 
 
 def members(tar: bytes) -> dict[str, bytes]:
@@ -29,7 +31,8 @@ def members(tar: bytes) -> dict[str, bytes]:
 def training_rows(count: int = 4) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
-        "key": [f"clip-{index}" for index in range(count)],
+        "key": [f"clip-{index}@0.000" for index in range(count)],
+        "source": [f"clip-{index}" for index in range(count)],
         "prompt": np.array(["ein Läufer", "走る人", "", "a runner"][:count], dtype=object),
         "latents": rng.normal(size=(count, 8, 5, 4, 4)).astype(np.float32),
         "text": rng.normal(size=(count, 16, 8)).astype(np.float16),
@@ -90,7 +93,7 @@ def test_digits_tar_shows_what_its_captions_say(level: str) -> None:
 
 def test_tars_of_different_splits_share_no_handwriting() -> None:
     def handwriting(split: str) -> set[int]:
-        files = members(shards.digits_tar(0, 0, 100, split, "one", ClipRules(1, 16, 32, 8.0)))
+        files = members(shards.digits_tar(0, 0, 100, split, "one", Bucket(1, 16, 32, 8.0)))
         return {json.loads(content)["front"]["sample"] for name, content in files.items() if name.endswith("json")}
 
     used = [handwriting(split) for split in SPLITS]
@@ -99,7 +102,7 @@ def test_tars_of_different_splits_share_no_handwriting() -> None:
 
 def test_canvas_without_room_is_refused_by_the_name_of_its_setting() -> None:
     with pytest.raises(DataError, match=r"data\.width = 32 x 16 .* at least 12 x 27") as caught:
-        shards.digits_tar(0, 0, 1, "train", "two", ClipRules(5, 32, 16, 8.0))
+        shards.digits_tar(0, 0, 1, "train", "two", Bucket(5, 32, 16, 8.0))
     assert caught.value.exit_code == 2
 
 
@@ -163,7 +166,7 @@ def test_columns_that_do_not_fit_are_named(rows: dict[str, Any], complaint: str)
 def test_shards_of_another_version_or_none_are_refused() -> None:
     table = shards.to_table(training_rows())
     newer = shards.parquet_bytes(table.replace_schema_metadata({shards.VERSION_KEY: b"99"}))
-    with pytest.raises(DataError, match="version 99, this program reads 1: run prepare_data again"):
+    with pytest.raises(DataError, match="version 99, this program reads 2: run prepare_data again"):
         shards.read_parquet_bytes(newer)
     with pytest.raises(DataError, match="version none"):
         shards.read_parquet_bytes(shards.parquet_bytes(table.replace_schema_metadata(None)))
@@ -177,8 +180,14 @@ def test_unreadable_shards_are_refused(damage: bytes) -> None:
             shards.read_parquet_bytes(content)
 
 
-def test_quarantine_line_names_clip_shard_and_reason_only() -> None:
-    row = {"key": "a\nb", "shard": "s3://bucket/0.tar", "reason": "decode: no bytes", "video": np.zeros(3)}
-    line = shards.quarantine_line(row)
-    assert "\n" not in line
-    assert json.loads(line) == {"key": "a\nb", "shard": "s3://bucket/0.tar", "reason": "decode: no bytes"}
+def test_a_flipped_bit_is_noticed() -> None:
+    content = bytearray(shards.parquet_bytes(shards.to_table(training_rows())))
+    content[len(content) // 2] ^= 1
+    with pytest.raises(DataError, match="not readable Parquet"):
+        shards.read_parquet_bytes(bytes(content))
+
+
+def test_a_shard_says_how_it_was_made() -> None:
+    details = {"encoders": {"vae": "abc"}, "bucket": "9x32x32"}
+    content = shards.parquet_bytes(shards.to_table(training_rows(), details))
+    assert shards.details_of(shards.read_parquet_bytes(content)) == details

@@ -71,13 +71,14 @@ def test_bad_clips_are_named_and_their_neighbours_kept(
     ended = prepare(script, tmp_path, environment)
     assert ended.returncode == 0, ended.stderr
     bad = quarantined(tmp_path)
-    assert bad["empty"] == ("first.tar", "decode: no bytes")
-    assert bad["truncated"][0] == "first.tar" and bad["truncated"][1].startswith("decode: ")
-    assert bad["silent"] == ("second.tar", "caption: no prompt")
+    assert bad["first/empty"] == ("first.tar", "decode: no bytes")
+    assert bad["first/truncated"][0] == "first.tar" and bad["first/truncated"][1].startswith("decode: ")
+    assert bad["second/silent@0.000"] == ("second.tar", "caption: no prompt")
     artifact = tmp_path / "store/runs/own/prepare_data"
     shards = [from_table(read_parquet_bytes(path.read_bytes())) for path in (artifact / "train").glob("*.parquet")]
     keys = [key for shard in shards for key in shard["key"]]
-    assert sorted(keys) == ["after", "before", "between", "last", "whole"] and len(bad) == 3
+    names = ["first/after", "first/before", "first/between", "second/last", "second/whole"]
+    assert sorted(keys) == [f"{name}@0.000" for name in names] and len(bad) == 3
     assert all(np.isfinite(shard["latents"]).all() for shard in shards)
     metrics = json.loads((artifact / "manifest.json").read_text())["metrics"]
     assert (metrics["train_clips"], metrics["quarantined_clips"]) == (5, 3)
@@ -94,7 +95,7 @@ def test_a_folder_of_only_bad_clips_is_refused(
     write_tar(tmp_path / "raw/first.tar", {"empty": empty(), "truncated": truncated()}.items())
     line = refusal(prepare(script, tmp_path, environment | cluster))
     assert "no clip" in line and "decode: no bytes" in line and "quarantine.jsonl" in line
-    assert set(quarantined(tmp_path)) == {"empty", "truncated"}
+    assert set(quarantined(tmp_path)) == {"first/empty", "first/truncated"}
     assert not (tmp_path / "store/runs/own/prepare_data/manifest.json").exists()
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from row_work import work
 
 from pose_core import config
+from pose_core.data.captions import HELDOUT
 from pose_core.data.moving_digits import draw_clip, render
 from pose_core.data.shards import parquet_bytes, to_table
 from pose_core.errors import ConfigError
@@ -24,7 +25,7 @@ from pose_core.runtime import comparing
 from pose_core.runtime.compare_clips import has_clips, read_heldout, read_training, write_clips
 from pose_core.runtime.compare_row import RowJob, run_row
 from pose_core.runtime.comparing import METHODS, Wanted, choose_methods, method_settings
-from pose_core.runtime.datasets import HELDOUT, NULL_TEXT, Prepared
+from pose_core.runtime.datasets import NULL_TEXT, Prepared
 from pose_core.runtime.row_processes import run_in_processes
 from pose_core.runtime.storage import Store
 from pose_core.settings import Settings

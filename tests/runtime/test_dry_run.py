@@ -216,9 +216,10 @@ def test_raw_data_are_counted_or_refused(teacher: Path, tmp_path: Path, capsys: 
     raw = tmp_path / "raw"
     raw.mkdir()
     settings = small(teacher, f"data.raw_uri={raw}")
-    assert f"data.raw_uri={raw} holds no .tar shard" in refused(settings, capsys)
+    assert f"data.raw_uri={raw} holds no videos: name a folder of WebDataset tars" in refused(settings, capsys)
     write_tar(raw / "clips.tar", [("clip", {"json": b"{}"})])
-    assert re.search(rf"raw data +ok +{re.escape(str(raw))}\s+holds 1 tars", printed(settings, capsys))
+    (raw / "film.mp4").write_bytes(b"")
+    assert f"raw data ok {raw} holds 1 tars, 1 video files" in " ".join(printed(settings, capsys).split())
 
 
 def test_a_judge_that_is_no_folder_is_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

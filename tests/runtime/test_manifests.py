@@ -56,6 +56,7 @@ EVERY = set(STAGES)
         ("run.seed=1", EVERY),
         ("model.teacher=another", EVERY),
         ("data.frames=5", EVERY),
+        ("curation.min_motion=1", EVERY),
         ("training.batch_per_worker=4", EVERY - {"prepare_data"}),
         ("priming.steps=200", EVERY - {"prepare_data"}),
         ("equilibrium.steps=200", {"adversarial_equilibrium", "evaluate", "export"}),
@@ -78,6 +79,7 @@ def test_a_setting_changes_the_stages_it_decides_and_all_after_them(override: st
         "training.max_failures=9",
         "training.checkpoint_every_steps=7",
         "data.encoder_actors=7",
+        "curation.examples_per_rule=7",
     ],
 )
 def test_where_and_how_a_run_is_done_changes_nothing(override: str) -> None:
@@ -166,30 +168,44 @@ def test_an_interrupted_stage_finds_what_it_left(run: Store) -> None:
 
 
 def test_leftovers_of_other_settings_are_deleted(run: Store) -> None:
-    begin(run, PREPARE, Settings()).write_bytes("checkpoint", b"half way")
-    run.write_bytes("prepare_data_too/checkpoint", b"another folder")
-    begin(run, PREPARE, settings_with("data.frames=5"))
-    assert run.list() == ["prepare_data/started", "prepare_data_too/checkpoint"]
+    finish(run, "prepare_data")
+    begin(run, PRIMING, Settings()).write_bytes("checkpoint", b"half way")
+    run.write_bytes("stability_priming_too/checkpoint", b"another folder")
+    begin(run, PRIMING, settings_with("priming.steps=7"))
+    assert run.list("stability_priming") == ["stability_priming/started"]
+    assert run.list("stability_priming_too") == ["stability_priming_too/checkpoint"]
 
 
 def test_an_artifact_ends_when_it_is_made_again(run: Store) -> None:
+    finish(run, "prepare_data", "stability_priming")
+    run.write_bytes("stability_priming/weights", b"old")
+    begin(run, PRIMING, Settings())
+    assert not is_done(run, PRIMING, Settings())
+    assert run.list("stability_priming") == ["stability_priming/started"]
+
+
+@pytest.mark.parametrize("override", ["run.seed=0", "curation.min_motion=3"])
+def test_a_stage_that_makes_only_what_is_missing_keeps_its_folder_and_loses_its_manifest(
+    run: Store, override: str
+) -> None:
     finish(run, "prepare_data")
-    run.write_bytes("prepare_data/shard", b"old")
-    begin(run, PREPARE, Settings())
-    assert not is_done(run, PREPARE, Settings())
-    assert run.list() == ["prepare_data/started"]
+    run.write_bytes("prepare_data/train/shard", b"old")
+    settings = settings_with(override)
+    begin(run, PREPARE, settings)
+    assert not is_done(run, PREPARE, Settings()) and not is_done(run, PREPARE, settings)
+    assert run.read_bytes("prepare_data/train/shard") == b"old"
 
 
 def test_deleting_an_artifact_begins_with_its_manifest(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish(run, "prepare_data")
+    finish(run, "prepare_data", "stability_priming")
 
     def cut_off(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(type(run), "_delete", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        begin(run, PREPARE, settings_with("data.frames=5"))
-    assert not is_done(run, PREPARE, Settings())
+        begin(run, PRIMING, settings_with("priming.steps=7"))
+    assert not is_done(run, PRIMING, Settings())
 
 
 def test_another_method_or_a_rivals_own_setting_is_another_result_and_poses_is_not_touched_by_rivals() -> None:

@@ -20,6 +20,8 @@ import pytest
 from pose_core.errors import StorageError
 from pose_core.runtime import object_store
 from pose_core.runtime.object_store import EmbeddedStore
+from pose_core.runtime.raw_files import RawFiles
+from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.runtime.storage import Store
 
 integration = pytest.mark.integration
@@ -77,6 +79,24 @@ def test_objects_exist_and_folders_do_not(store: Store) -> None:
     with pytest.raises(StorageError, match="a/c does not exist") as caught:
         store.read_bytes("a/c")
     assert caught.value.exit_code == 1
+
+
+@integration
+def test_parts_are_read_of_the_object_that_was_listed(store: Store) -> None:
+    content = random.Random(1).randbytes(9 << 20)
+    store.write_bytes("parts/film", content)
+    (listed,) = store.stored("parts")
+    assert (listed.key, listed.size) == ("parts/film", len(content))
+    files = RawFiles(SteadyFiles(store, 20))
+    assert files.read(listed, len(content) - 3, 10) == content[-3:]
+    with files.open(listed) as file:
+        file.seek(1000)
+        assert file.read() == content[1000:]
+    store.write_bytes("parts/film", content[::-1])
+    with pytest.raises(StorageError, match="parts/film was replaced while it was read"):
+        files.read(listed, 0, 10)
+    store.delete_prefix("parts/film")
+    assert store.stored("parts") == []
 
 
 @integration

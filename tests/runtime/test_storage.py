@@ -18,6 +18,8 @@ from botocore.exceptions import ClientError
 
 from pose_core.errors import StorageError
 from pose_core.runtime import local_files
+from pose_core.runtime.raw_files import RawFiles
+from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.runtime.storage import Store
 from pose_core.runtime.storage_errors import explain
 
@@ -63,6 +65,37 @@ def test_objects_come_back_as_written_under_sorted_relative_keys(store: Store) -
     assert store.list() == ["runs/a/manifest.json", "runs/b/data", "runs/c"]
     assert store.child("runs").list("a") == ["a/manifest.json"]
     assert Path(store.url("runs/b/data")).read_bytes() == b"\x00\xff"
+
+
+def test_parts_are_read_of_the_object_that_was_listed(store: Store) -> None:
+    store.write_bytes("a/film", b"0123456789")
+    (listed,) = store.stored("a")
+    assert (listed.key, listed.size) == ("a/film", 10) and store.stored() == [listed]
+    files = RawFiles(SteadyFiles(store, 0))
+    assert files.read(listed, 2, 3) == b"234" and files.read(listed, 8, 9) == b"89"
+    assert files.read(listed, 10, 5) == b""
+    store.write_bytes("a/film", b"9876543210")
+    assert store.stored() != [listed]
+    with pytest.raises(StorageError, match="a/film was replaced while it was read"):
+        files.read(listed, 2, 3)
+
+
+def test_a_raw_file_seeks_and_reads_like_any_other(store: Store) -> None:
+    content = os.urandom(100_000)
+    store.write_bytes("film", content)
+    with RawFiles(SteadyFiles(store, 0)).open(store.stored()[0]) as file:
+        assert file.read(10) == content[:10]
+        file.seek(-5, os.SEEK_END)
+        assert file.read() == content[-5:] and file.read() == b""
+        file.seek(50_000)
+        assert file.read(7) == content[50_000:50_007] and file.tell() == 50_007
+
+
+def test_an_object_can_be_deleted_alone(store: Store) -> None:
+    store.write_bytes("a/b", b"")
+    store.write_bytes("a/b.json", b"")
+    store.delete_prefix("a/b")
+    assert store.list() == ["a/b.json"]
 
 
 def test_only_objects_exist_not_their_folders(store: Store) -> None:
