@@ -33,6 +33,7 @@ _TRANSPORT_PACKET = 188
 _MAGIC = (
     (b"\x1a\x45\xdf\xa3", "matroska"),
     (b"FLV", "flv"),
+    (b"GIF8", "gif"),
     (b"OggS", "ogg"),
     (b"\x00\x00\x01\xba", "mpeg"),
     (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),

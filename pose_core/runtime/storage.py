@@ -5,7 +5,6 @@ boto3 does the control work and small objects, pyarrow.fs moves folders; the usu
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import os
@@ -120,13 +119,6 @@ class Store(ABC):
     @abstractmethod
     def stored(self, prefix: str = "") -> Found:
         """The same with sizes and versions."""
-
-    def versions(self) -> builtins.list[tuple[str, int, int]]:
-        """Path, bytes and time of change of every file below the root, sorted: another content, another list."""
-        filesystem, root = self.arrow()
-        with _one_line(self.uri):
-            found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
-        return sorted((each.path, each.size, each.mtime_ns) for each in found if each.is_file)
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete the object or the folder ``prefix`` with all below; nothing there is fine. The root is refused."""

@@ -59,13 +59,13 @@ def teacher_configs(model: ModelSettings) -> Path:
 
 
 def _content(uri: str) -> str:
-    """A name for what a bucket's folder holds now: paths, sizes and times of its files.
+    """A name for what a bucket's folder holds now: paths and versions of its files.
 
     Raises:
         CheckpointError: it holds nothing (correctable in the call).
         StorageError: it cannot be read.
     """
-    files = Store.open(uri).versions()
+    files = sorted((stored.key, stored.size, stored.version) for stored in Store.open(uri).stored())
     if not files:
         raise CheckpointError(f"model.teacher={uri} holds no file: name a diffusers folder in a bucket", in_call=True)
     return hashlib.sha256(repr(files).encode()).hexdigest()[:32]
