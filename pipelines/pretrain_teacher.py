@@ -114,6 +114,7 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
         condition = Condition(text[:-1], *(part[rows] for part in of_image))
         return pretraining.teacher_loss(model, x_0[rows], condition, text[-1:], generator)
 
+    origin = "" if arguments.start_from is None else f"-from-{arguments.start_from.name}"
     pretraining.fit(
         torch.nn.ModuleList([transformer, text_encoder]),
         loss,
@@ -121,7 +122,7 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
         learning_rate=1e-3,
         ema_decay=0.999,
         seed=arguments.seed,
-        checkpoint=arguments.work / f"teacher-{arguments.task}.pt",
+        checkpoint=arguments.work / f"teacher-{arguments.task}{origin}.pt",
         matrices=[transformer.blocks],
         progress=bar(progress, "teacher", arguments.teacher_steps),
     )
