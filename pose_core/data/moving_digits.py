@@ -1,9 +1,10 @@
 """The embedded domain: real handwriting that moves, bounces and passes over a small canvas, one prompt a clip.
 
 A clip of the level ``two`` shows a red digit and a green one, each with a direction and a pace of its own; they bounce
-off the left and right wall and pass each other, the red one in front. The prompt names pace and direction, not the
-exact speed: what happens is many things, and a single step that averages them shows a smear. The level ``one`` leaves
-the green digit out.
+off the left and right wall and pass each other, the red one in front. The prompt names the digits, and how a digit
+moves in one case of four, by direction and pace, never by its speed: what may happen is many things, and a single step
+that averages them shows a smear. The level ``one`` leaves the green digit out, and its prompts always say how the red
+one moves.
 
 Handwriting is scikit-learn's bundled digits (8 x 8, 16 grey levels). Training, validation and test clips use different
 handwriting, so that a model which only remembers strokes is found out.
@@ -27,6 +28,8 @@ COLOURS = {"red": (1.0, 0.15, 0.15), "green": (0.15, 1.0, 0.15)}
 """Colour of the digit in front and of the one behind, as shares of full red, green and blue."""
 LEVELS = ("one", "two")
 """How many digits a clip shows."""
+TOLD_SHARE = 0.25
+"""How often the prompt of a clip of two digits says how one of them moves."""
 
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
 """The clips that the shipped weights were trained on."""
@@ -43,7 +46,8 @@ HELDOUT_EVERY = 5
 class Mover:
     """One digit: which handwriting, where it starts (shares of the free way, in [0, 1]) and how it moves.
 
-    ``direction`` is a key of ``DIRECTIONS``, ``pace`` one of ``PACES``; ``speed`` is in pixels a frame.
+    ``direction`` is a key of ``DIRECTIONS``, ``pace`` one of ``PACES``; ``speed`` is in pixels a frame. The prompt says
+    direction and pace where ``told``.
     """
 
     digit: int
@@ -53,9 +57,11 @@ class Mover:
     x: float
     y: float
     speed: float
+    told: bool = True
 
     def named(self, colour: str) -> str:
-        return f"a {colour} {DIGIT_NAMES[self.digit]} moving {self.direction} {self.pace}"
+        motion = f" moving {self.direction} {self.pace}" if self.told else ""
+        return f"a {colour} {DIGIT_NAMES[self.digit]}{motion}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class DigitClip:
 
     @property
     def prompt(self) -> str:
-        """``a red seven moving left fast in front of a green two moving right slowly``, or its first half."""
+        """``a red seven moving left fast in front of a green two``, for example."""
         return " in front of ".join(mover.named(colour) for mover, colour in zip(self.movers, COLOURS, strict=False))
 
 
@@ -102,14 +108,15 @@ def draw_clip(rng: np.random.Generator, *, level: str = "two", split: str = "tra
 
     ``width`` must leave two digits ``CLEAR_PIXELS`` between their starts.
     """
+    told_share = 1.0 if level == "one" else TOLD_SHARE
     while True:
-        movers = [_draw_mover(rng, split) for _ in range(1 + LEVELS.index(level))]
+        movers = [_draw_mover(rng, split, told_share) for _ in range(1 + LEVELS.index(level))]
         clip = DigitClip(*movers)
         if clip.behind is None or abs(clip.front.x - clip.behind.x) * (width - DIGIT_PIXELS) >= CLEAR_PIXELS:
             return clip
 
 
-def _draw_mover(rng: np.random.Generator, split: str) -> Mover:
+def _draw_mover(rng: np.random.Generator, split: str, told_share: float) -> Mover:
     digit = int(rng.integers(10))
     direction, pace = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(PACES)))
     way = float(rng.random()) * START_SHARE
@@ -121,6 +128,7 @@ def _draw_mover(rng: np.random.Generator, split: str) -> Mover:
         x=way if DIRECTIONS[direction] > 0 else 1 - way,
         y=float(rng.random()),
         speed=float(rng.uniform(*PACES[pace])),
+        told=bool(rng.random() < told_share),
     )
 
 

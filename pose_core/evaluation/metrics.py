@@ -37,22 +37,24 @@ HIDDEN_PIXELS = 9.0
 CENTRE_OFFSET_PIXELS = (3.5, 7.5)
 """Where handwriting has its centre of mass inside its box of ``DIGIT_PIXELS``, along either axis."""
 MOVER = (
-    rf"a {{}} ({'|'.join(moving_digits.DIGIT_NAMES)}) "
-    rf"moving ({'|'.join(moving_digits.DIRECTIONS)}) ({'|'.join(moving_digits.PACES)})"
+    rf"a {{}} ({'|'.join(moving_digits.DIGIT_NAMES)})"
+    rf"(?: moving ({'|'.join(moving_digits.DIRECTIONS)}) ({'|'.join(moving_digits.PACES)}))?"
 )
 PROMPT = re.compile("{}(?: in front of {})?".format(*(MOVER.format(colour) for colour in moving_digits.COLOURS)))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the prompts of ``N`` clips ask for, by role; where ``there`` is False a prompt names no such digit."""
+    """What the prompts of ``N`` clips ask for, by role."""
 
     digits: Tensor
     """``[N, R]``, 0..9."""
     motions: Tensor
     """``[N, R]``, indices into ``MOTIONS``."""
     there: Tensor
-    """``[N, R]``, bool."""
+    """``[N, R]``, bool: whether the prompt names such a digit at all."""
+    told: Tensor
+    """``[N, R]``, bool: whether it says how that digit moves."""
 
 
 def score(
@@ -103,24 +105,26 @@ def plain_figures(videos: np.ndarray, first_frames: np.ndarray | None, reference
 
 
 def semantic_alignment(seen: Verdict, videos: np.ndarray, wanted: Wanted, first_frames: np.ndarray | None) -> float:
-    """SA, 0..100: mean of three shares of the digits that the prompts name; of two without ``first_frames``.
+    """SA, 0..100: mean of up to three shares of the digits that the prompts name.
 
-    Digit: the judge's guess over all frames is the prompt's. Motion: the judge's guess of direction and pace is the
-    prompt's. Subject: the window that follows the digit correlates with the one in the first frame by at least
-    ``SUBJECT_CORRELATION``, on average over the frames in which it is seen and both slightly blurred, as sharpness is
-    FQ's business.
+    Digit: the judge's guess over all frames is the prompt's. Motion, of those whose motion a prompt tells: the judge's
+    guess of direction and pace is the prompt's. Subject, with ``first_frames``: the window that follows the digit
+    correlates with the one in the first frame by at least ``SUBJECT_CORRELATION``, on average over the frames in which
+    it is seen and both slightly blurred, as sharpness is FQ's business.
     """
     digit = seen.digit_logits.mean(dim=2).argmax(dim=-1) == wanted.digits
     motion = seen.motion_logits.argmax(dim=-1) == wanted.motions
-    agreements = [digit, motion]
+    agreements = [digit[wanted.there]]
+    if wanted.told.any():
+        agreements.append(motion[wanted.told])
     if first_frames is not None:
         one_pass = torch.ones(())
         given = soften(_pixels(first_frames[:, None]), one_pass)
         template = _follow(given, ink_centres(_pixels(first_frames[:, None]))[0])
         windows = _follow(soften(_pixels(videos), one_pass), seen.centres)
         subject = _mean_where(_correlation(windows, template), _seen_whole(seen, wanted))
-        agreements.append(subject >= SUBJECT_CORRELATION)
-    return 100 * float(np.mean([agreement[wanted.there].float().mean().item() for agreement in agreements]))
+        agreements.append((subject >= SUBJECT_CORRELATION)[wanted.there])
+    return 100 * float(np.mean([agreement.float().mean().item() for agreement in agreements]))
 
 
 def temporal_coherence(seen: Verdict, videos: np.ndarray, wanted: Wanted, real: Verdict) -> float:
@@ -235,7 +239,7 @@ def parse_prompts(prompts: list[str]) -> Wanted:
         if match is None:
             raise DataError(
                 f"the judge cannot score the prompt {prompt!r}, only ones like "
-                "'a red seven moving left fast in front of a green two moving right slowly': "
+                "'a red seven moving left fast in front of a green two': "
                 "leave SA, TC and FQ out with evaluation.judge='' for other data",
                 in_call=True,
             )
@@ -243,13 +247,16 @@ def parse_prompts(prompts: list[str]) -> Wanted:
         there = behind[0] is not None
         rows.append([*_said(front), *_said(behind if there else front), there])
     said = torch.tensor(rows)
-    named = torch.stack([torch.ones(len(said)), said[:, 4]], dim=1).bool()
-    return Wanted(digits=said[:, [0, 2]], motions=said[:, [1, 3]], there=named)
+    named = torch.stack([torch.ones(len(said)), said[:, 6]], dim=1).bool()
+    told = said[:, [2, 5]].bool() & named
+    return Wanted(digits=said[:, [0, 3]], motions=said[:, [1, 4]], there=named, told=told)
 
 
-def _said(words: tuple[str, ...]) -> tuple[int, int]:
-    name, direction, pace = words
-    return moving_digits.DIGIT_NAMES.index(name), MOTIONS.index((direction, pace))
+def _said(words: tuple[str | None, ...]) -> tuple[int, int, bool]:
+    """Digit, motion and whether it is told, as numbers."""
+    name, *motion = words
+    told = motion[0] is not None
+    return moving_digits.DIGIT_NAMES.index(str(name)), MOTIONS.index(tuple(motion)) if told else 0, told
 
 
 def _check(videos: np.ndarray, prompts: list[str], first_frames: np.ndarray | None, reference: np.ndarray) -> None:
