@@ -36,7 +36,7 @@ TIMESTEP_SHIFT = 1.0  # moves the times of the steps, not their number
 BAR = 95.0  # of the 2 * STEPS = 100 that the evaluations alone allow
 END_TO_END_EVERY = 10
 WARM_UP_STEPS = 5
-PROMPT = "a red seven moving left fast in front of a green two moving right slowly"
+PROMPT = "a red seven moving left fast in front of a green two"
 
 
 @dataclass(frozen=True)

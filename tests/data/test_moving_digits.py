@@ -17,6 +17,7 @@ from pose_core.data.moving_digits import (
     FRAMES,
     HEIGHT,
     PACES,
+    TOLD_SHARE,
     WIDTH,
     DigitClip,
     Mover,
@@ -66,14 +67,26 @@ def test_handwriting_is_of_the_digits_in_the_prompt() -> None:
     target = load_digits().target
     for clip in drawn(200):
         assert [target[each.sample] for each in clip.movers] == [each.digit for each in clip.movers]
-        words = clip.prompt.split()
-        assert (words[2], words[11]) == tuple(DIGIT_NAMES[each.digit] for each in clip.movers)
+        named = [word for word in clip.prompt.split() if word in DIGIT_NAMES]
+        assert named == [DIGIT_NAMES[each.digit] for each in clip.movers]
 
 
 def test_prompts_are_english_and_name_the_digit_in_front_first() -> None:
     clip = DigitClip(mover(digit=7, direction="left"), mover(digit=2, pace="slowly"))
     assert clip.prompt == "a red seven moving left fast in front of a green two moving right slowly"
     assert DigitClip(mover(digit=8)).prompt == "a red eight moving right fast"
+
+
+def test_a_prompt_does_not_say_how_a_digit_moves_that_is_not_told() -> None:
+    clip = DigitClip(mover(digit=7, told=False), mover(digit=2, direction="left", pace="slowly"))
+    assert clip.prompt == "a red seven in front of a green two moving left slowly"
+
+
+def test_motions_are_told_in_one_case_of_four_each_for_itself() -> None:
+    told = np.array([[each.told for each in clip.movers] for clip in drawn(2000)])
+    assert told.mean(axis=0) == pytest.approx(TOLD_SHARE, abs=0.03)
+    assert told.all(axis=1).mean() == pytest.approx(TOLD_SHARE**2, abs=0.02)
+    assert all(clip.front.told for clip in drawn(50, level="one"))
 
 
 def test_every_word_of_any_prompt_is_in_the_prompts_that_make_the_vocabulary() -> None:

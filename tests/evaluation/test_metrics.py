@@ -260,7 +260,15 @@ def test_every_prompt_of_the_domain_is_understood():
     for row, clip in enumerate(clips):
         for role, mover in enumerate(clip.movers):
             assert wanted.digits[row, role] == mover.digit
-            assert MOTIONS[int(wanted.motions[row, role])] == (mover.direction, mover.pace)
+            assert wanted.told[row, role] == mover.told
+            assert not mover.told or MOTIONS[int(wanted.motions[row, role])] == (mover.direction, mover.pace)
+
+
+def test_a_motion_that_no_prompt_tells_is_not_scored(scorer: Scorer):
+    untold = [clip.prompt for clip in changed(scorer.clips, lambda mover: {"told": False})]
+    turned = scorer(scorer.videos[:, ::-1].copy(), untold)  # every digit moves the other way
+    assert turned["SA"] == pytest.approx(scorer(scorer.videos, untold)["SA"], abs=3)
+    assert turned["SA"] > scorer(scorer.videos[:, ::-1].copy())["SA"] + 10
 
 
 def test_clips_of_one_digit_are_scored_by_that_digit_alone(scorer: Scorer):
