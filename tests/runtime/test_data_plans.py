@@ -35,10 +35,8 @@ class Actor:
 
 
 @pytest.mark.integration
-def test_items_come_back_and_errors_of_ours_stay_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LocalRay(tmp_path) as cluster:
-        for name, value in cluster.environment.items():
-            monkeypatch.setenv(name, value)
+def test_items_come_back_and_errors_of_ours_stay_ours(tmp_path: Path) -> None:
+    with LocalRay(tmp_path):
         folder = str(Path(__file__).parents[2])
         ray.init(address="auto", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": folder}})
         try:
