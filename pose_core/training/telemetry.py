@@ -7,6 +7,7 @@ device anyway: no step waits for its telemetry.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +20,10 @@ from torch import nn
 
 from pose_core.training.state import Networks
 
-PARTS = ("data", "forward", "backward", "optimiser", "communication", "checkpoint", "validation", "other")
+PARTS = ("data", "forward", "backward", "optimiser", "communication", "checkpoint", "validation", "trace", "other")
 """What the time of a step is split into, without overlap.
 
-data           waiting for the next batch
+data           waiting for the next batch, and bringing it to the device
 forward        losses, with every network they ask
 backward       gradients, with what is computed again for them
 optimiser      gradient norm and clipping, AdamW, the running average
@@ -32,9 +33,10 @@ communication  waiting for other ranks and their data, taken out of the part in 
                what hides behind computation is not in it, nor is waiting for a free buffer within a backward pass
 checkpoint     writing training state, as far as training waits for it
 validation     samples and the figures of alarms
-other          the rest: moving batches, reporting
+trace          storing a profiler's trace
+other          the rest: reporting, say
 """
-NOT_TRAINING = ("checkpoint", "validation")
+NOT_TRAINING = ("checkpoint", "validation", "trace")
 MEMORY_ROLES = ("weights", "gradients", "optimiser", "average", "activations")
 """The planner's, with gathered weights and what is being sent counted among the activations."""
 
@@ -106,23 +108,29 @@ class StepTimes:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         """By part, of the steps whose times are known and were not taken yet."""
         self.steps = 0
+        self._thread = threading.current_thread()
         self._open = ["other"]
         self._marks: list[tuple[Any, str]] = [(clock.mark(), "other")]
         self._ended: deque[list[tuple[Any, str]]] = deque()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A ``Record``."""
-        self._enter(name)
+        """A ``Record``. What other threads of this process do beside the steps, checkpoints say, is not told."""
+        if not self._of_a_step():
+            yield
+            return
+        self._open.append(name)
+        self._marks.append((self.clock.mark(), name))
         try:
             yield
         finally:
             self._open.pop()
             self._marks.append((self.clock.mark(), self._open[-1]))
 
-    def _enter(self, name: str) -> None:
-        self._open.append(name)
-        self._marks.append((self.clock.mark(), name))
+    def _of_a_step(self) -> bool:
+        """Whether this thread made the record, or is one of torch's own, in which gradients are computed on a GPU."""
+        thread = threading.current_thread()
+        return thread is self._thread or isinstance(thread, threading._DummyThread)
 
     def end_step(self) -> None:
         """A step ends and the next begins; reads the times of all ended steps that the device has finished."""

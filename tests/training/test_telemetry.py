@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_times_are_read_only_once_the_device_has_got_there() -> None:
     clock.finished = clock.now
     spend(times, clock)
     assert times.take() == (1, SPENT)
+
+
+def test_what_another_thread_does_beside_the_steps_is_not_told() -> None:
+    clock = Moments()
+    times = StepTimes(clock)
+
+    def beside() -> None:
+        with times.part("communication"):
+            clock.now += 5
+
+    with times.part("forward"):
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+    times.end_step()
+    assert times.take()[1] == dict.fromkeys(PARTS, 0.0) | {"forward": 5}
 
 
 def test_an_error_within_a_part_ends_it() -> None:
