@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_folders import save_ltx
 
 from pose_core import config
 from pose_core.errors import ConfigError
 from pose_core.models.folders import SHIPPED
+from pose_core.models.small_folders import save_ltx
 from pose_core.runtime import planning
 from pose_core.runtime.planning import GIB, Change, Rates, changes, longest_clip, smallest_change
 from pose_core.settings import Settings
