@@ -122,7 +122,7 @@ class Watchdog:
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
-        if self._thread.is_alive():
+        if self.limits.factor:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
 
