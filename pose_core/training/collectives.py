@@ -45,6 +45,8 @@ def recorded(record: Record, device: torch.device) -> Iterator[None]:
 def _wrapped(call: Callable[..., Any], record: Record) -> Callable[..., Any]:
     @functools.wraps(call)
     def waiting(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # what is traced into a compiled block is a part of it
+            return call(*args, **kwargs)
         with record("communication"):
             return call(*args, **kwargs)
 
