@@ -195,7 +195,7 @@ def plain(error: Exception, stage: str, rings: list[str], kills: dict[str, int])
             return inner
     if rings:
         return ClusterError(
-            f"{stage} failed more often than training.max_failures allows, the last time at {rings[-1]}: see the "
+            f"{stage} failed more often than training.max_failures allows; the watchdog ended {rings[-1]}: see the "
             "stacks in its log; if nothing hangs, raise training.slow_step_seconds or training.longest_pause_seconds"
         )
     if killed := of_dead_worker(causes, kills):

@@ -45,7 +45,7 @@ def test_the_line_at_the_end_says_what_ended_the_phase_for_good() -> None:
     ours, dead = PoseError("step 6: not finite"), RayActorError()
     assert plain(Ended(dead, ours), "priming", ["rank 0: late"], {}) is ours
     hung = str(plain(Ended(dead), "priming", ["rank 1: step 3 has taken more than 60 s"], {}))
-    assert "at rank 1: step 3 has taken more than 60 s: see the stacks in its log" in hung
+    assert "the watchdog ended rank 1: step 3 has taken more than 60 s: see the stacks in its log" in hung
     assert "training.slow_step_seconds" in hung
     killed = plain(Ended(OutOfMemoryError("memory usage threshold of 0.95")), "priming", [], {})
     assert isinstance(killed, MemoryExhausted)
