@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_a_part_that_fails_is_named_and_what_it_left_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(rehearsal, "PIPELINES", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "prepare_data.py").write_text("print('fine')")
     script = "import os, sys; print('error: no luck'); sys.exit(any(n.startswith('RAY_') for n in os.environ) or 3)"
     (tmp_path / "stability_priming.py").write_text(script)
