@@ -6,12 +6,15 @@ Without arguments it distils the embedded demo: image to video on moving digits,
 from pose_core.runtime import cli, screen
 from pose_core.runtime.chain import open_chain
 from pose_core.runtime.dry_run import dry_run
+from pose_core.runtime.rehearsal import rehearse
 from pose_core.runtime.session import open_session
 
 
 def main(arguments: cli.Arguments) -> None:
     if arguments.dry_run:
         return dry_run(arguments.settings)
+    if arguments.rehearse:
+        return rehearse(arguments.settings, "full_distill")
     with open_session(arguments.settings, driver=False) as session:
         screen.header(session)
         with open_chain(session, debug=arguments.debug) as chain:
@@ -24,4 +27,4 @@ def main(arguments: cli.Arguments) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, dry_run=True)
+    cli.run(main, __doc__, dry_run=True, rehearse=True)

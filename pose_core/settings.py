@@ -42,6 +42,17 @@ class TrackingSettings(Section):
     experiment: Annotated[str, Field(min_length=1)] = "pose"
     log_every_steps: PositiveInt = 2
     """Steps between two points of a curve."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last of the steps that rank 0 traces, operation by operation; slow ones, and large files: take two."""
+    device_teraflops: Annotated[float, Field(ge=0)] = 0.0
+    """What one worker's device computes at most a second, at ``training.precision``, for the utilisation; 0 takes it
+    from the table of ``pose_core/training/devices.py``, and without an entry there is no utilisation."""
+
+    @model_validator(mode="after")
+    def _profiles_forwards(self) -> TrackingSettings:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)} must be a first step and a last one")
+        return self
 
 
 class ModelSettings(Section):
@@ -113,6 +124,13 @@ class TrainingSettings(Section):
     keep_checkpoints: PositiveInt = 2
     max_failures: NonNegativeInt = 3
     """How often a phase restarts from its last checkpoint after a worker died."""
+    slow_step_factor: Annotated[float, Field(ge=0)] = 10.0
+    """A step that takes more than so many times the median ends the attempt, with the stacks of all workers in the log;
+    0 lets it take for ever. So does one that never returns from waiting for other workers."""
+    slow_step_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """What any step may take, however fast the others are."""
+    longest_pause_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """What anything else may take: the first steps of a size (compiling), samples, alarms, a checkpoint."""
     sample_every_steps: PositiveInt = 25
     sample_clips: PositiveInt = 4
 

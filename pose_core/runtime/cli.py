@@ -28,6 +28,7 @@ class Arguments:
     settings: Settings
     debug: bool
     dry_run: bool = False
+    rehearse: bool = False
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
     """What a script has of its own."""
 
@@ -37,19 +38,21 @@ def run(
     description: str,
     *,
     dry_run: bool = False,
+    rehearse: bool = False,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
     """Parse the command line, call ``main`` and turn errors into one line and an exit code.
 
-    ``dry_run`` says whether the script has that switch; ``options`` adds arguments of its own.
+    ``dry_run`` and ``rehearse`` say whether the script has that switch; ``options`` adds arguments of its own.
     """
-    parser = _parser(description, dry_run)
+    parser = _parser(description, dry_run, rehearse)
     if options is not None:
         options(parser)
     typed = parser.parse_intermixed_args()
     with errors_for_people(typed.debug):
         settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
-        main(Arguments(settings, typed.debug, getattr(typed, "dry_run", False), typed))
+        switches = getattr(typed, "dry_run", False), getattr(typed, "rehearse", False)
+        main(Arguments(settings, typed.debug, *switches, typed))
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def _fail(message: str, exit_code: int, debug: bool) -> None:
     raise SystemExit(exit_code) from None
 
 
-def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:
+def _parser(description: str, dry_run: bool, rehearse: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Settings are typed as section.key=value, e.g. priming.steps=200 training.workers=4; "
@@ -92,6 +95,12 @@ def _parser(description: str, dry_run: bool) -> argparse.ArgumentParser:
             "--dry-run",
             action="store_true",
             help="check settings, storage and cluster, print what every stage would hold, and stop",
+        )
+    if rehearse:
+        parser.add_argument(
+            "--rehearse",
+            action="store_true",
+            help="run the same settings on this machine's CPU with a small model, kill a worker on the way, and stop",
         )
     return parser
 

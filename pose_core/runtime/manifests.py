@@ -78,6 +78,7 @@ _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
         # Each clip comes once an epoch whatever their number, so a run may go on with other workers.
         | {"workers", "raw_chunks_ahead", "raw_decode_cpus", "log_clips"}
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
+        | {"slow_step_factor", "slow_step_seconds", "longest_pause_seconds"}
     ),
     "evaluation": frozenset({"workers", "batch_clips"}),
     "vbench": frozenset({"weights_folder", "environment_folder"}),

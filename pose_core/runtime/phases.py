@@ -15,6 +15,7 @@ from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
 from pose_core.runtime.failures import EndAtOnce
 from pose_core.runtime.feeding import TrainingData
+from pose_core.runtime.out_of_memory import MemoryExhausted, of_dead_worker, with_advice
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.preparing import open_prepared, raw_files
 from pose_core.runtime.raw_clips import RawClips
@@ -40,8 +41,17 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
         try:
             result = _trainer(job, run.artifact.child("checkpoints"), run.fingerprint).fit()
         except ray.train.TrainingFailedError as error:
-            raise _plain(error, run.name) from error
+            raise _told(error, run, job) from error
     run.metrics |= {key: value for key, value in (result.metrics or {}).items() if isinstance(value, int | float)}
+
+
+def _told(error: Exception, run: StageRun, job: PhaseJob) -> PoseError:
+    """The one line that says why the phase failed and what helps."""
+    told = plain(error, run.name, *ray.get(job.progress.why.remote()))
+    if isinstance(told, MemoryExhausted):
+        run.display.note(f"{run.name:<24} {told}: looking for settings that need less")
+        told = with_advice(told, job.phase, job.settings)
+    return told
 
 
 def _data(run: StageRun) -> TrainingData:
@@ -92,6 +102,9 @@ class ProgressBoard:
     def __init__(self) -> None:
         self.newest: tuple[int, dict[str, float]] = (0, {})
         self.notes: list[str] = []
+        self.kills: dict[str, int] = {}
+        self.reasons: list[str] = []
+        self.stacks: list[str] = []
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Called by rank 0 without waiting; no values mean that it has just begun, at ``step``."""
@@ -103,6 +116,27 @@ class ProgressBoard:
         """Called by rank 0 without waiting, with one line for the person who watches."""
         self.notes.append(text)
 
+    def at_work(self, node: str, kernel_kills: int) -> None:
+        """Called by every rank of every attempt as it begins."""
+        self.kills.setdefault(node, kernel_kills)
+
+    def why(self) -> tuple[list[str], dict[str, int]]:
+        """The watchdogs' reasons to end ranks, and by node id how many processes its kernel had killed at first."""
+        return self.reasons, self.kills
+
+    def ring(self, reason: str, stacks: str) -> None:
+        """Called by the watchdog of a rank that ends."""
+        self.reasons.append(reason)
+        self.stacks.append(stacks)
+
+    def rung(self) -> int:
+        """How often a rank's watchdog has ended it."""
+        return len(self.reasons)
+
+    def rings(self, first: int) -> tuple[list[str], list[str]]:
+        """Reasons and stacks from the ``first`` on."""
+        return self.reasons[first:], self.stacks[first:]
+
     def read(self) -> tuple[int, dict[str, float], list[str]]:
         """The newest step, its values, and all lines so far."""
         return *self.newest, self.notes
@@ -113,10 +147,15 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
     """A board whose content a thread keeps drawing until the phase ends."""
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
     ended = threading.Event()
-    last, told = -1, 0
+    last, told, heard = -1, 0, 0
 
     def draw() -> None:
-        nonlocal last, told
+        nonlocal last, told, heard
+        reasons, stacks = ray.get(board.rings.remote(heard))
+        for reason, text in zip(reasons, stacks, strict=True):
+            run.display.note(f"{run.name:<24} ended by the watchdog, {reason}; its stacks are in this stage's log")
+            print(text, flush=True)
+        heard += len(reasons)
         step, values, notes = ray.get(board.read.remote())
         for text in notes[told:]:
             run.display.note(f"{run.name:<24} {text}")
@@ -142,8 +181,11 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
         ray.kill(board)
 
 
-def _plain(error: Exception, stage: str) -> PoseError:
-    """The error a worker meant, if it was one of ours; else one line about what ended the phase."""
+def plain(error: Exception, stage: str, rings: list[str], kills: dict[str, int]) -> PoseError:
+    """The error a worker meant, if it was one of ours; else one line about what ended the phase.
+
+    ``rings`` and ``kills`` are what ``ProgressBoard.why`` says.
+    """
     while isinstance(error, ray.train.ControllerError):
         error = error.controller_failure
     causes = list(getattr(error, "worker_failures", {}).values())
@@ -151,5 +193,12 @@ def _plain(error: Exception, stage: str) -> PoseError:
         inner = getattr(cause, "cause", cause)
         if isinstance(inner, PoseError):
             return inner
+    if rings:
+        return ClusterError(
+            f"{stage} failed more often than training.max_failures allows; the watchdog ended {rings[-1]}: see the "
+            "stacks in its log; if nothing hangs, raise training.slow_step_seconds or training.longest_pause_seconds"
+        )
+    if killed := of_dead_worker(causes, kills):
+        return killed
     reason = " ".join(str(causes[0] if causes else error).split())
     return ClusterError(f"{stage} failed more often than training.max_failures allows: {reason[-300:]}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -42,6 +45,11 @@ class Rates:
     gigabytes: float
     price: float
 
+    @classmethod
+    def of_memory(cls, gibibytes: float) -> Rates:
+        """Where only this much memory, all of it, is of interest."""
+        return cls(memory=gibibytes, reserve=0.0, teraflops=1.0, utilisation=1.0, gigabytes=1.0, price=0.0)
+
     def fits(self, step: Step) -> bool:
         return step.peak_bytes <= self.memory * (1 - self.reserve) * GIB
 
@@ -74,10 +82,11 @@ def plan(settings: Settings, counts: Sequence[int], rates: Rates, *, suggest: bo
     fitting = [count for count, found in steps.items() if all(map(rates.fits, found.values()))]
     for count in [each for each in counts if each not in fitting] if suggest else []:
         with console.status(f"looking for what makes {count} GPUs enough"):
-            found = smallest_change(runs[count], teacher, rates)
-        console.print(
-            f"{count} GPUs: {found or 'no change of memory settings is enough: take more GPUs'}", markup=False
-        )
+            found = smallest_change(runs[count], teacher, rates, phases=list(steps_by_phase(settings)))
+        said = "no change of memory settings is enough: take more GPUs"
+        if found is not None:
+            said = f"{found.typed} makes it fit, {found.peak_bytes / GIB:.1f} GiB at the peak"
+        console.print(f"{count} GPUs: {said}", markup=False)
     return bool(fitting)
 
 
@@ -104,9 +113,21 @@ def check(settings: Settings, teacher: Path) -> int:
     return check_fit(settings, teacher).tokens
 
 
-def smallest_change(settings: Settings, teacher: Path, rates: Rates) -> str | None:
-    """The first single change, else the first pair, in the order of ``changes``, with which every phase fits."""
-    single = list(changes(settings))
+class Change(NamedTuple):
+    """Settings as they are typed, and the highest peak of the phases with them."""
+
+    typed: str
+    peak_bytes: int
+
+
+def smallest_change(
+    settings: Settings, teacher: Path, rates: Rates, *, phases: Sequence[str], seconds: float = math.inf
+) -> Change | None:
+    """The first single change, else the first pair, in the order of ``changes``, with which every phase fits.
+
+    None where there is none, or none was found in so many seconds.
+    """
+    single, give_up = list(changes(settings)), time.monotonic() + seconds
     for updates in [*([each] for each in single), *combinations(single, 2)]:
         merged = {name: value for each in updates for name, value in each.items()}
         if len(merged) < sum(map(len, updates)):
@@ -116,11 +137,12 @@ def smallest_change(settings: Settings, teacher: Path, rates: Rates) -> str | No
             check(changed, teacher)
         except ConfigError:
             continue
-        found = [simulate(phase, changed, teacher) for phase in steps_by_phase(changed)]
+        found = [simulate(phase, changed, teacher) for phase in phases]
         if all(map(rates.fits, found)):
             typed = " ".join(f"training.{name}={value}" for name, value in merged.items())
-            peak = max(step.peak_bytes for step in found) / GIB
-            return f"{typed} makes it fit, {peak:.1f} GiB at the peak"
+            return Change(typed, max(step.peak_bytes for step in found))
+        if time.monotonic() > give_up:
+            break
     return None
 
 

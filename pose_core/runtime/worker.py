@@ -21,9 +21,12 @@ from pose_core.errors import CheckpointError, PoseError
 from pose_core.models.video_model import Condition
 from pose_core.runtime.batches import Batches
 from pose_core.runtime.datasets import TRAINED_ON
+from pose_core.runtime.meter import Meter
+from pose_core.runtime.out_of_memory import kernel_kills, told
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
+from pose_core.runtime.watchdog import BoardBell, Limits, Watchdog
 from pose_core.settings import TrainingSettings
 from pose_core.training import build, checkpoint, loop, parallel
 from pose_core.training.alarms import Alarms, Collapse
@@ -45,7 +48,8 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
     if settings.training.threads_per_worker:
         torch.set_num_threads(settings.training.threads_per_worker)
     device = ray.train.torch.get_device()
-    with contextlib.ExitStack() as stack:
+    job.progress.at_work.remote(ray.get_runtime_context().get_node_id(), kernel_kills())
+    with told(device), contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         turns = build.phase_turns(job.phase, settings)
         with _checkpoint_folder() as restored:
@@ -54,7 +58,12 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
             networks = _networks(job, Path(scratch), device)
             optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
             done = checkpoint.load(restored, networks, optimizers) if restored else 0
-        watch = _Watch(job, networks, optimizers, device, done, batches)
+        meter = Meter(job, networks, optimizers, turns, device)
+        watchdog = Watchdog(Limits.of(settings), BoardBell(job.progress), parallel.rank(), parallel.ranks())
+        stack.enter_context(watchdog)
+        with meter.record("validation"):
+            watch = _Watch(job, networks, optimizers, device, done, batches, meter, watchdog)
+        stack.enter_context(meter.measuring())
         loop.train(
             networks,
             optimizers,
@@ -68,6 +77,7 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
             after_step=watch.after_step,
             non_finite_steps=settings.alarms.non_finite_steps,
             accumulation=settings.training.accumulation,
+            record=meter.record,
         )
         watch.finish()
         _write_result(job, networks, Path(scratch))
@@ -126,9 +136,12 @@ class _Watch:
         device: torch.device,
         done: int,
         data: Batches,
+        meter: Meter,
+        watchdog: Watchdog,
     ):
         self.job, self.networks, self.optimizers = job, networks, optimizers
         self.settings, self.rank, self.data = job.settings, parallel.rank(), data
+        self.meter, self.watchdog = meter, watchdog
         self.seen: list[dict[str, Any]] = []
         self.validation = Validation(job, networks, device)
         self.good_step, armed = _kept_alarms(done)
@@ -138,11 +151,13 @@ class _Watch:
         if self.settings.alarms.every_steps:
             self._log_figures(done, "teacher_", self.alarms.teacher)
             self._has_collapsed(done)
-        self.started, self.started_at = time.monotonic(), done
+        self.started, self.started_at, self.step = time.monotonic(), done, done
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """This rank's batches; what the steps since the last checkpoint have seen is kept in mind."""
         for batch in self.data:
+            self.meter.begin_step(self.step + 1, batch.bucket)
+            self.watchdog.begin_step(self.step + 1, batch.bucket)
             if self.settings.training.log_clips:
                 self.seen.append({"bucket": batch.bucket, "clips": self.job.data.names(batch.places)})
             yield _to_batch(batch.columns, device)
@@ -150,17 +165,31 @@ class _Watch:
     def after_step(self, step: int, values: dict[str, Tensor]) -> bool:
         """Whether the phase ends here, because of an alarm."""
         training, alarms, last = self.settings.training, self.settings.alarms, step == self.job.steps
+        self.step = step
+        self.watchdog.end_step()
+        if self.meter.end_step(step):
+            self.watchdog.excuse()
         if step % self.settings.tracking.log_every_steps == 0 or last:
-            self._report(step, parallel.mean_over_ranks(values))
+            self._report(step, parallel.mean_over_ranks(values | self.meter.measured()))
         if step % training.sample_every_steps == 0 and not last:
-            self.validation.log_pictures(step)
+            with self._apart("validation"):
+                self.validation.log_pictures(step)
         checkpoint_due = step % training.checkpoint_every_steps == 0 or last
         # Before each checkpoint, too: whether it is a good one must be known when it is kept.
         if alarms.every_steps and (step % alarms.every_steps == 0 or checkpoint_due):
-            self.stopped = self._has_collapsed(step) and alarms.stop_early
+            with self._apart("validation"):
+                self.stopped = self._has_collapsed(step) and alarms.stop_early
         if checkpoint_due and not self.stopped:
-            self._checkpoint(step)
+            with self._apart("checkpoint"):
+                self._checkpoint(step)
         return self.stopped
+
+    @contextlib.contextmanager
+    def _apart(self, part: str) -> Iterator[None]:
+        """What is done inside is no part of training, and may take longer on one rank than on the others."""
+        self.watchdog.excuse()
+        with self.meter.record(part):
+            yield
 
     def finish(self) -> None:
         """Put back what an alarm asks for and log the last samples; every curve is in MLflow when this returns."""
@@ -173,11 +202,13 @@ class _Watch:
     def _report(self, step: int, values: dict[str, float]) -> None:
         if self.rank != 0:
             return
+        shown = {name.split("/")[0]: value for name, value in values.items() if name.endswith("/loss")}
         if values:
             seconds = (time.monotonic() - self.started) / max(step - self.started_at, 1)
-            self.job.tracker.log_metrics(step, values | {"seconds_per_step": seconds, WAIT: self._wait_share()})
-        losses = {name.split("/")[0]: value for name, value in values.items() if name.endswith("/loss")}
-        self.job.progress.update.remote(step, losses)
+            rates = self.meter.rates()
+            self.job.tracker.log_metrics(step, values | rates | {"seconds_per_step": seconds, WAIT: self._wait_share()})
+            shown |= self.meter.beside_the_bar(rates)
+        self.job.progress.update.remote(step, shown)
 
     def _has_collapsed(self, step: int) -> bool:
         """Measure, log and warn; whether any figure is collapsed now, the same on all ranks."""

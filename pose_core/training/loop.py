@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pose_core.errors import PoseError
 from pose_core.training import ema, parallel
 from pose_core.training.state import Batch, Draws, Networks
+from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Losses, Turn
 
 AfterStep = Callable[[int, dict[str, Tensor]], bool | None]
@@ -46,10 +47,12 @@ def train(
     after_step: AfterStep,
     non_finite_steps: int,
     accumulation: int = 1,
+    record: Record = unrecorded,
 ) -> None:
     """Run steps ``first_step`` to ``steps``; each takes one batch and every turn in order, then moves the average.
 
-    A turn takes its batch in ``accumulation`` equal parts, one after the other, and moves once.
+    A turn takes its batch in ``accumulation`` equal parts, one after the other, and moves once. ``record`` is told what
+    each part of a step is spent on.
 
     An update whose loss or gradient is not finite on any rank is skipped on all of them: its parameters and optimisers
     stay as they are. The curve ``<turn>/skipped`` counts them since ``first_step``.
@@ -62,33 +65,41 @@ def train(
     everything = [parameter for group in groups.values() for parameter in group.values()]
     skips = {turn.name: _Skips(turn.name, non_finite_steps) for turn in turns}
     for step in range(first_step, steps):
-        batch = next(batches)
+        with record("data"):
+            batch = next(batches)
         values: dict[str, Tensor] = {}
         for turn in turns:
             for repeat in range(turn.repeats):
-                losses = _backward(networks, turn, batch, accumulation, (seed, step, f"{turn.name}/{repeat}"))
-                norm = parallel.clip_gradients(updated_by(turn, groups), gradient_clip)
-                if skips[turn.name].finite(losses.total + norm, step):
-                    for group in turn.updates:
-                        optimizers[group].step()
+                key = seed, step, f"{turn.name}/{repeat}"
+                losses = _backward(networks, turn, batch, accumulation, key, record)
+                with record("optimiser"):
+                    norm = parallel.clip_gradients(updated_by(turn, groups), gradient_clip)
+                    if skips[turn.name].finite(losses.total + norm, step):
+                        for group in turn.updates:
+                            optimizers[group].step()
                 # A loss may leave gradients on constants of its turn (heads in the generator's): they are dropped.
                 for parameter in everything:
                     parameter.grad = None
             values |= _curves(turn.name, losses, norm, skips[turn.name].count)
         _free_gathered(networks)
-        ema.follow(networks.average.weights(), networks.generator.weights(), ema_decay)
+        with record("optimiser"):
+            ema.follow(networks.average.weights(), networks.generator.weights(), ema_decay)
         if after_step(step + 1, values):
             return
 
 
-def _backward(networks: Networks, turn: Turn, batch: Batch, accumulation: int, key: tuple[int, int, str]) -> Losses:
+def _backward(
+    networks: Networks, turn: Turn, batch: Batch, accumulation: int, key: tuple[int, int, str], record: Record
+) -> Losses:
     """Gradients of a turn's loss, the mean over the parts of the batch, and those means."""
     data_rank = parallel.rank() if networks.mesh is None else networks.mesh.data_rank
     first = data_rank * len(batch.x_0)
     sums: list[Losses] = []
     for part in batch.parts(accumulation):
-        losses = turn.loss(networks, part, Draws(*key, first, batch.x_0.device))
-        (losses.total / accumulation).backward()
+        with record("forward"):
+            losses = turn.loss(networks, part, Draws(*key, first, batch.x_0.device))
+        with record("backward"):
+            (losses.total / accumulation).backward()
         sums.append(Losses(losses.total.detach(), {name: value.detach() for name, value in losses.parts.items()}))
         first += len(part.x_0)
     parts = {name: torch.stack([each.parts[name] for each in sums]).mean() for name in sums[0].parts}

@@ -182,8 +182,9 @@ def test_curves_have_a_point_for_every_logged_step(
     from mlflow.tracking import MlflowClient
 
     client, run_id = MlflowClient(run.mlflow_uri), mlflow_runs[stage].info.run_id
-    for turn in turns:
-        for curve in (f"{turn}/loss", f"{turn}/gradient_norm"):
+    cost = ("step_seconds/forward", "memory_gibibytes/activations", "videos_per_second", "tokens_per_second")
+    for own in (*((f"{turn}/loss", f"{turn}/gradient_norm") for turn in turns), cost):
+        for curve in own:
             points = client.get_metric_history(run_id, curve)
             assert {point.step for point in points} == set(range(LOG_EVERY, steps + 1, LOG_EVERY)), curve
             assert np.isfinite([point.value for point in points]).all(), curve

@@ -12,13 +12,13 @@ import torch
 from contract import PROMPT, TOKENS, FamilyContract
 from diffusers import ClassifierFreeGuidance
 from PIL import Image
-from small_folders import save_hunyuan15, save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
 from torch import Tensor
 
 from pose_core.errors import CheckpointError
 from pose_core.models import families
 from pose_core.models.adapter import with_given_frame
 from pose_core.models.ltx import pack, unpack
+from pose_core.models.small_folders import save_hunyuan15, save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
 from pose_core.models.video_model import Condition
 
 

@@ -31,9 +31,9 @@ class Main:
 def typed(monkeypatch: pytest.MonkeyPatch):
     """Run the command line with these words after the script's name."""
 
-    def run(main: Main, *words: str, dry_run: bool = False) -> None:
+    def run(main: Main, *words: str, **switches: bool) -> None:
         monkeypatch.setattr(sys, "argv", ["full_distill.py", *words])
-        cli.run(main, "Distil a video model.", dry_run=dry_run)
+        cli.run(main, "Distil a video model.", **switches)
 
     return run
 
@@ -50,7 +50,7 @@ def test_without_arguments_it_runs_the_digits_demo(typed) -> None:
     (arguments,) = main.calls
     assert arguments.settings.run.name == "digits-i2v"
     assert arguments.settings.model.teacher == "teachers/digits_i2v"
-    assert not arguments.debug and not arguments.dry_run
+    assert not arguments.debug and not arguments.dry_run and not arguments.rehearse
 
 
 def test_settings_and_switches_may_come_in_any_order(typed, tmp_path: Path) -> None:
@@ -63,13 +63,20 @@ def test_settings_and_switches_may_come_in_any_order(typed, tmp_path: Path) -> N
     assert arguments.dry_run
 
 
+def test_a_rehearsal_is_asked_for_where_a_script_has_one(typed, capsys: pytest.CaptureFixture[str]) -> None:
+    main = Main()
+    typed(main, "--rehearse", rehearse=True)
+    assert main.calls[0].rehearse and not main.calls[0].dry_run
+    exits(typed, 2, main, "--rehearse")
+
+
 def test_help_tells_how_settings_are_typed(typed, capsys: pytest.CaptureFixture[str]) -> None:
     main = Main()
     exits(typed, 0, main, "--help")
     out = capsys.readouterr().out
     assert "Distil a video model." in out
     assert "section.key=value" in out and "priming.steps=200" in out and "--config" in out
-    assert "--dry-run" not in out
+    assert "--dry-run" not in out and "--rehearse" not in out
     assert main.calls == []
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from phases import local
 from safetensors.torch import load_file
-from small_folders import save_hunyuan15, save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
 from torch import nn
 
 from pose_core import config
 from pose_core.models.parts import clip_shapes
+from pose_core.models.small_folders import save_hunyuan15, save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
 from pose_core.models.video_model import ClipShapes, Condition
 from pose_core.training import build, loop, parallel
 from pose_core.training.state import Batch, Networks

@@ -15,6 +15,7 @@ from pose_core.models.video_model import Condition
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.state import Batch, Networks
+from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Turn
 
 GLOBAL_CLIPS = 4
@@ -59,6 +60,7 @@ class Phase:
         seed: int = 0,
         turns: Sequence[Turn] | None = None,
         sample: bool = False,
+        record: Record = unrecorded,
     ) -> None:
         """Run steps ``first_step`` to ``steps`` with all turns or those given; ``sample`` after each."""
 
@@ -80,6 +82,7 @@ class Phase:
             after_step=after_step,
             non_finite_steps=3,
             accumulation=self.settings.training.accumulation,
+            record=record,
         )
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Small diffusers folders of the published classes, from a seed: what tests of families load."""
+"""Small diffusers folders of the published classes, from a seed: what a rehearsal trains, and what tests load."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,43 @@ PROMPTS = ["a seven moving up and left", "an eight moving down"]
 LATENTS, TEMPORAL, TEXT_WIDTH, IMAGE_WIDTH = 8, 2, 32, 32
 
 
-def wan_transformer(in_channels: int, layers: int = 2, **more: Any) -> WanTransformer3DModel:
-    """One head, two layers."""
+@dataclass(frozen=True)
+class Size:
+    """Blocks and attention heads of a transformer."""
+
+    layers: int = 2
+    heads: int = 2
+
+
+SMALL = Size()
+LEAST = Size(heads=1)
+
+
+def save_small(folder: Path, family: str, task: str, size: Size) -> None:
+    """A folder of the family that ``model.family`` calls so."""
+    if family == "wan":
+        save_wan(folder, task, size)
+    elif family == "wan22_ti2v":
+        save_wan22_ti2v(folder, size)
+    elif family == "wan22_a14b":
+        save_wan22_a14b(folder, task, size)
+    elif family == "ltx":
+        save_ltx(folder, timestep_conditioning=False, size=size)
+    else:
+        save_hunyuan15(folder, task, size)
+
+
+def wan_transformer(in_channels: int, size: Size = LEAST, **more: Any) -> WanTransformer3DModel:
+    """Heads of 32 channels."""
     return WanTransformer3DModel(
-        num_attention_heads=1,
+        num_attention_heads=size.heads,
         attention_head_dim=32,
         in_channels=in_channels,
         out_channels=LATENTS,
         text_dim=TEXT_WIDTH,
         freq_dim=64,
         ffn_dim=96,
-        num_layers=layers,
+        num_layers=size.layers,
         rope_max_seq_len=64,
         **more,
     )
@@ -86,35 +113,36 @@ def wan_parts() -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
 
 
-def save_wan(folder: Path, task: str) -> None:
+def save_wan(folder: Path, task: str, size: Size = LEAST) -> None:
     """Wan 2.1."""
     with seeded():
         parts = wan_parts()
         if task == "t2v":
-            WanPipeline(**parts, transformer=wan_transformer(LATENTS)).save_pretrained(folder)
+            WanPipeline(**parts, transformer=wan_transformer(LATENTS, size)).save_pretrained(folder)
             return
         parts["image_encoder"], parts["image_processor"] = small.build_image_encoder()
-        transformer = wan_transformer(2 * LATENTS + TEMPORAL, image_dim=IMAGE_WIDTH, added_kv_proj_dim=32)
+        image = {"image_dim": IMAGE_WIDTH, "added_kv_proj_dim": 32 * size.heads}
+        transformer = wan_transformer(2 * LATENTS + TEMPORAL, size, **image)
         WanImageToVideoPipeline(**parts, transformer=transformer).save_pretrained(folder)
 
 
-def save_wan22_ti2v(folder: Path) -> None:
+def save_wan22_ti2v(folder: Path, size: Size = LEAST) -> None:
     """Wan 2.2 TI2V 5B: a time for every token; published as a text-to-video pipeline."""
     with seeded():
-        pipeline = WanPipeline(**wan_parts(), transformer=wan_transformer(LATENTS), expand_timesteps=True)
+        pipeline = WanPipeline(**wan_parts(), transformer=wan_transformer(LATENTS, size), expand_timesteps=True)
         pipeline.save_pretrained(folder)
 
 
-def save_wan22_a14b(folder: Path, task: str) -> None:
+def save_wan22_a14b(folder: Path, task: str, size: Size = LEAST) -> None:
     """Wan 2.2 A14B: two experts; its image to video has no image encoder."""
     with seeded():
         channels = LATENTS if task == "t2v" else 2 * LATENTS + TEMPORAL
-        experts = {"transformer": wan_transformer(channels), "transformer_2": wan_transformer(channels)}
+        experts = {name: wan_transformer(channels, size) for name in ("transformer", "transformer_2")}
         kind, boundary = (WanPipeline, 0.875) if task == "t2v" else (WanImageToVideoPipeline, 0.9)
         kind(**wan_parts(), **experts, boundary_ratio=boundary).save_pretrained(folder)
 
 
-def save_ltx(folder: Path, *, timestep_conditioning: bool) -> None:
+def save_ltx(folder: Path, *, timestep_conditioning: bool, size: Size = SMALL) -> None:
     """LTX-Video; ``timestep_conditioning`` is what its later decoders have."""
     with seeded():
         vae = AutoencoderKLLTXVideo(
@@ -133,10 +161,10 @@ def save_ltx(folder: Path, *, timestep_conditioning: bool) -> None:
         transformer = LTXVideoTransformer3DModel(
             in_channels=LATENTS,
             out_channels=LATENTS,
-            num_attention_heads=2,
+            num_attention_heads=size.heads,
             attention_head_dim=16,
-            cross_attention_dim=32,
-            num_layers=2,
+            cross_attention_dim=16 * size.heads,
+            num_layers=size.layers,
             caption_channels=TEXT_WIDTH,
         )
         tokenizer = small.build_tokenizer(PROMPTS)
@@ -148,7 +176,7 @@ def save_ltx(folder: Path, *, timestep_conditioning: bool) -> None:
         LTXPipeline(**parts, transformer=transformer).save_pretrained(folder)
 
 
-def save_hunyuan15(folder: Path, task: str) -> None:
+def save_hunyuan15(folder: Path, task: str, size: Size = SMALL) -> None:
     """HunyuanVideo 1.5."""
     with seeded():
         vae = AutoencoderKLHunyuanVideo15(
@@ -163,9 +191,9 @@ def save_hunyuan15(folder: Path, task: str) -> None:
         transformer = HunyuanVideo15Transformer3DModel(
             in_channels=9,
             out_channels=4,
-            num_attention_heads=2,
+            num_attention_heads=size.heads,
             attention_head_dim=8,
-            num_layers=2,
+            num_layers=size.layers,
             num_refiner_layers=1,
             mlp_ratio=2.0,
             text_embed_dim=32,
