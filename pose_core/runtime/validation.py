@@ -40,7 +40,7 @@ class Validation:
         columns = {name: torch.tensor(self.rows[name], device=device) for name in TRAINED_ON if name in self.rows}
         self.condition = Condition.of(columns)
         draws = Draws(settings.run.seed, 0, "validation", 0, device)
-        self.noises = [draws.normal(columns["latents"][:clips]) for clips in (None, self.monitored)]
+        self.noises = [draws.normal(columns["latents"][:clips]) for clips in (None, self.monitored) if clips != 0]
         self.codec: Codec | None = None
         if parallel.rank() == 0:
             folder = teacher_folder(settings.model)
