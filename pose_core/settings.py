@@ -30,8 +30,8 @@ class StorageSettings(Section):
     uri: Annotated[str, Field(min_length=1)] = "embedded"
     """``embedded`` starts SeaweedFS on loopback; ``s3://bucket/prefix`` is any S3 store; anything else is a folder."""
     retry_seconds: Annotated[float, Field(ge=0, le=86400)] = 120.0
-    """How long reading shards goes on trying a store that does not answer, answers 500 or 503, sends too slowly, cuts
-    objects off or refuses credentials, which are read anew, before the run ends."""
+    """How long reading shards and writing checkpoints go on trying a store that does not answer, answers 500 or 503,
+    sends too slowly, cuts objects off, is full or refuses credentials, which are read anew, before the run ends."""
 
 
 class TrackingSettings(Section):
