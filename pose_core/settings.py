@@ -30,8 +30,8 @@ class StorageSettings(Section):
     uri: Annotated[str, Field(min_length=1)] = "embedded"
     """``embedded`` starts SeaweedFS on loopback; ``s3://bucket/prefix`` is any S3 store; anything else is a folder."""
     retry_seconds: Annotated[float, Field(ge=0, le=86400)] = 120.0
-    """How long reading shards goes on trying a store that does not answer, answers 500 or 503, sends too slowly, cuts
-    objects off or refuses credentials, which are read anew, before the run ends."""
+    """How long reading shards and writing checkpoints go on trying a store that does not answer, answers 500 or 503,
+    sends too slowly, cuts objects off, is full or refuses credentials, which are read anew, before the run ends."""
 
 
 class TrackingSettings(Section):
@@ -87,7 +87,12 @@ class TrainingSettings(Section):
     """Rank of the generator's LoRA."""
 
     workers: PositiveInt = 2
-    """FSDP2 ranks. They share one copy of the weights, unless the two below say otherwise."""
+    """FSDP2 ranks. They share one copy of the weights, unless ``replicas`` or ``context_workers`` say otherwise."""
+    min_workers: NonNegativeInt = 0
+    """Elastic training: start, and go on after a loss, with so many workers if the cluster has no room for ``workers``,
+    and grow back once it has. 0: always ``workers``. Each has ``batch_per_worker`` clips a step all the same."""
+    elastic_check_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How often elastic training looks whether it can grow; the steps since the last checkpoint are then done again."""
     replicas: PositiveInt = 1
     """Hybrid sharding: groups of workers that hold a whole copy of the weights each, e.g. one a machine."""
     context_workers: PositiveInt = 1
@@ -121,9 +126,14 @@ class TrainingSettings(Section):
     """Largest gradient norm of a turn."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     checkpoint_every_steps: PositiveInt = 50
+    """Steps between two checkpoints; they are written in the background."""
     keep_checkpoints: PositiveInt = 2
+    """Checkpoints that are kept: the newest without an alarm, and always the newest of all."""
     max_failures: NonNegativeInt = 3
-    """How often a phase restarts from its last checkpoint after a worker died."""
+    """How often in a row a phase restarts from its last checkpoint after a worker died; a new checkpoint begins a new
+    row, and nodes that Ray drains do not count."""
+    preemption_grace_seconds: Annotated[float, Field(gt=0)] = 25.0
+    """How long a worker that gets SIGTERM may take to finish its step and store a checkpoint before it ends."""
     slow_step_factor: Annotated[float, Field(ge=0)] = 10.0
     """A step that takes more than so many times the median ends the attempt, with the stacks of all workers in the log;
     0 lets it take for ever. So does one that never returns from waiting for other workers."""
@@ -134,12 +144,23 @@ class TrainingSettings(Section):
     sample_every_steps: PositiveInt = 25
     sample_clips: PositiveInt = 4
 
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that training cannot do without."""
+        return self.min_workers or self.workers
+
     @model_validator(mode="after")
     def _divides(self) -> TrainingSettings:
         if self.workers % (self.replicas * self.context_workers):
             raise ValueError(
                 f"workers={self.workers} must be a multiple of replicas={self.replicas} times "
                 f"context_workers={self.context_workers}"
+            )
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} must not be above workers={self.workers}")
+        if self.min_workers and self.replicas * self.context_workers > 1:
+            raise ValueError(
+                f"min_workers={self.min_workers} needs replicas=1 and context_workers=1: workers come and go one by one"
             )
         if self.batch_per_worker % self.accumulation:
             raise ValueError(

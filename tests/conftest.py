@@ -19,6 +19,12 @@ sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("training", "
 PROMPTS = ["a seven moving up and left", "an eight moving down"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=0, help="kills of each kind in each phase (test_recovery.py); 0: one of each kind"
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of stock classes as small as they go: one head, two layers, clips of 9 x 32 x 32.

@@ -34,10 +34,14 @@ MAY_IMPORT = {
 
 MODELS = ("pose_core/models/", "pose_core/inference/")
 STORAGE = tuple(f"pose_core/runtime/{name}.py" for name in ("storage", "storage_errors", "s3_client"))
+DISTRIBUTED = tuple(
+    f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "checkpoint_files", "memory")
+)
 AT_HOME = {
     "ray": ("pose_core/runtime/",),
     "torch.distributed": tuple(
-        f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "memory", "collectives")
+        f"pose_core/training/{name}.py"
+        for name in ("parallel", "checkpoint", "checkpoint_files", "memory", "collectives")
     ),
     "mlflow": ("pose_core/runtime/tracking.py",),
     "boto3": STORAGE,

@@ -6,11 +6,14 @@ import copy
 import os
 import re
 import shlex
+import subprocess
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import yaml
@@ -274,3 +277,29 @@ def test_the_readme_names_only_files_and_settings_that_exist() -> None:
     groups = config.Settings().model_dump()
     for section, key in re.findall(r"[`\s](\w+)\.([a-z_]+)(?==|`)", text):
         assert section not in groups or key in groups[section], f"{section}.{key}"
+
+
+def test_a_gpu_pod_that_must_go_tells_its_train_workers_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = [each for each in ray_cluster_spec("raycluster")["workerGroupSpecs"] if "gpu" in each["groupName"]]
+    (container,) = group["template"]["spec"]["containers"]
+    python, option, code = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (python, option) == ("python", "-c")
+    names = ["ray::RayTrainWorker", "ray::IDLE"]
+    started = [subprocess.Popen(["bash", "-c", f"exec -a {name} sleep 60"]) for name in names]
+    try:
+        monkeypatch.setattr(psutil, "process_iter", lambda attributes: map(partial(_seen, attributes), started))
+        while any(psutil.Process(each.pid).name() != "sleep" for each in started):
+            time.sleep(0.05)
+        exec(code)
+        assert [each.poll() is None for each in started] == [False, True]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+
+
+def _seen(attributes: list[str], process: subprocess.Popen[bytes]) -> psutil.Process:
+    """As ``psutil.process_iter`` gives a process."""
+    found = psutil.Process(process.pid)
+    found.info = found.as_dict(attributes)
+    return found

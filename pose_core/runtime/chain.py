@@ -35,7 +35,7 @@ def open_chain(session: Session, *, debug: bool) -> Iterator[Chain]:
     if manifests.pending(run, settings):
         available = cluster.capacity(client)
         beside = cluster.data_cpus(settings)
-        cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker, beside)
+        cluster.require(available, training.fewest_workers, training.cpus_per_worker, training.gpus_per_worker, beside)
     run.write_bytes(CONFIG, config.dump(settings).encode())
     tracker = parent_run(settings)
     tracker.log_settings(settings.model_dump(mode="json"))

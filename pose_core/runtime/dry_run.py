@@ -123,7 +123,7 @@ def _is_placeholder(uri: str) -> bool:
 def _cluster(settings: Settings) -> Check:
     training = settings.training
     each = f"{training.cpus_per_worker:g} CPUs and {training.gpus_per_worker:g} GPUs"
-    asked = f"{training.workers} workers of {each}"
+    asked = f"{training.fewest_workers} workers of {each}"
     if cluster.current_dashboard_url() is not None:
         client = cluster.connect()
         available, place = cluster.capacity(client), f"Ray at {client.get_address()}"
@@ -132,7 +132,7 @@ def _cluster(settings: Settings) -> Check:
     else:
         available, place = cluster.Capacity(os.cpu_count() or 1, 0, autoscales=False), "this machine"
     beside = cluster.data_cpus(settings)
-    cluster.require(available, training.workers, training.cpus_per_worker, training.gpus_per_worker, beside)
+    cluster.require(available, training.fewest_workers, training.cpus_per_worker, training.gpus_per_worker, beside)
     grows = " and may grow" if available.autoscales else ""
     return Check(
         "cluster", OK, f"{place} has {available.cpus:g} CPUs and {available.gpus:g} GPUs{grows}; {asked} are needed"

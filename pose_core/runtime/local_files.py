@@ -19,7 +19,7 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".part"
 
 
-def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+def write_whole(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old content or the new, never a part.
 
     ``mode`` is what the file allows before the umask; 0o600 keeps other users out from the first byte on.

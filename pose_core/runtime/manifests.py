@@ -76,7 +76,8 @@ _HOW_NOT_WHAT: Mapping[str, frozenset[str]] = {
         {"cpus_per_worker", "gpus_per_worker", "threads_per_worker", "activation_checkpointing", "max_failures"}
         | {"compile_blocks", "accumulation"}
         # Each clip comes once an epoch whatever their number, so a run may go on with other workers.
-        | {"workers", "raw_chunks_ahead", "raw_decode_cpus", "log_clips"}
+        | {"workers", "min_workers", "elastic_check_seconds", "preemption_grace_seconds"}
+        | {"raw_chunks_ahead", "raw_decode_cpus", "log_clips"}
         | {"checkpoint_every_steps", "keep_checkpoints", "sample_every_steps", "sample_clips"}
         | {"slow_step_factor", "slow_step_seconds", "longest_pause_seconds"}
     ),

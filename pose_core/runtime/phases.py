@@ -13,15 +13,16 @@ from ray.train.torch import TorchTrainer
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
-from pose_core.runtime.failures import EndAtOnce
+from pose_core.runtime.checkpoints import last_step
+from pose_core.runtime.failures import EndAtOnce, final_error
 from pose_core.runtime.feeding import TrainingData
 from pose_core.runtime.out_of_memory import MemoryExhausted, of_dead_worker, with_advice
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.runtime.preemption import ListeningTorchConfig
 from pose_core.runtime.preparing import open_prepared, raw_files
 from pose_core.runtime.raw_clips import RawClips
 from pose_core.runtime.stage import StageRun
-from pose_core.runtime.storage import Store
-from pose_core.runtime.worker import GOOD_STEP, run_phase
+from pose_core.runtime.worker import run_phase
 from pose_core.settings import Settings
 
 
@@ -38,11 +39,19 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
     generator = run.artifact_of(start_from) if start_from else None
     with _progress(run, _steps(phase, run.settings)) as board:
         job = PhaseJob(phase, run.settings, _data(run), run.artifact, generator, run.tracker, board)
+        run.metrics |= _fit(job, run)
+
+
+def _fit(job: PhaseJob, run: StageRun) -> dict[str, float]:
+    """Train to the end; as long as checkpoints are made, failures that may pass are never too many."""
+    reached = last_step(run.artifact, run.settings.storage.retry_seconds)
+    while True:
         try:
-            result = _trainer(job, run.artifact.child("checkpoints"), run.fingerprint).fit()
+            return _trainer(job, run.fingerprint).fit().return_value
         except ray.train.TrainingFailedError as error:
-            raise _told(error, run, job) from error
-    run.metrics |= {key: value for key, value in (result.metrics or {}).items() if isinstance(value, int | float)}
+            before, reached = reached, last_step(run.artifact, run.settings.storage.retry_seconds)
+            if _is_final(error) or reached <= before:
+                raise _told(error, run, job) from error
 
 
 def _told(error: Exception, run: StageRun, job: PhaseJob) -> PoseError:
@@ -68,28 +77,29 @@ def _steps(phase: str, settings: Settings) -> int:
     return settings.priming.steps if phase == "priming" else settings.equilibrium.steps
 
 
-def _trainer(job: PhaseJob, checkpoints: Store, fingerprint: str) -> TorchTrainer:
+def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
     training = job.settings.training
-    filesystem, path = checkpoints.arrow()
+    # Ray Train keeps a note of its own here and wants a place that all nodes see; checkpoints are ours.
+    filesystem, path = job.artifact.child("ray_train").arrow()
     resources = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
+    elastic = (training.min_workers, training.workers)
     return TorchTrainer(
         run_phase,
         train_loop_config={"job": job},
+        torch_config=ListeningTorchConfig(grace_seconds=training.preemption_grace_seconds),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=elastic if training.min_workers else training.workers,
+            use_gpu=training.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=training.elastic_check_seconds,
         ),
         run_config=ray.train.RunConfig(
-            # Another configuration starts anew instead of resuming from weights it did not make.
             name=fingerprint[:16],
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            # The newest that no alarm rang at outlive those one rang at; the newest of all always stays.
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=training.keep_checkpoints, checkpoint_score_attribute=GOOD_STEP
-            ),
             callbacks=[EndAtOnce()],
         ),
     )
@@ -181,15 +191,24 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
         ray.kill(board)
 
 
+def _causes(error: Exception) -> list[Exception]:
+    """What a failed phase came from: the controller's error, or the workers'."""
+    while isinstance(error, ray.train.ControllerError):
+        error = error.controller_failure
+    return list(getattr(error, "worker_failures", {}).values()) or [error]
+
+
+def _is_final(error: Exception) -> bool:
+    return final_error(_causes(error)) is not None
+
+
 def plain(error: Exception, stage: str, rings: list[str], kills: dict[str, int]) -> PoseError:
     """The error a worker meant, if it was one of ours; else one line about what ended the phase.
 
     ``rings`` and ``kills`` are what ``ProgressBoard.why`` says.
     """
-    while isinstance(error, ray.train.ControllerError):
-        error = error.controller_failure
-    causes = list(getattr(error, "worker_failures", {}).values())
-    for cause in [error, *causes]:
+    causes = _causes(error)
+    for cause in causes:
         inner = getattr(cause, "cause", cause)
         if isinstance(inner, PoseError):
             return inner
@@ -200,5 +219,5 @@ def plain(error: Exception, stage: str, rings: list[str], kills: dict[str, int])
         )
     if killed := of_dead_worker(causes, kills):
         return killed
-    reason = " ".join(str(causes[0] if causes else error).split())
+    reason = " ".join(str(causes[0]).split())
     return ClusterError(f"{stage} failed more often than training.max_failures allows: {reason[-300:]}")

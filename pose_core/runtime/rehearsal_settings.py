@@ -80,7 +80,7 @@ def _training(training: TrainingSettings) -> dict[str, Any]:
     parts, clips = min(training.accumulation, MOST), training.batch_per_worker // training.accumulation
     ranks = replicas * shards * context
     return {
-        **{"workers": ranks, "replicas": replicas, "context_workers": context},
+        **{"workers": ranks, "min_workers": 0, "replicas": replicas, "context_workers": context},
         **{"cpus_per_worker": 1 / (MOST * ranks), "gpus_per_worker": 0.0, "threads_per_worker": 1},
         **{"accumulation": parts, "batch_per_worker": parts * min(clips, MOST)},
         **{"shuffle_shards": MOST, "shuffle_clips": 4, "raw_chunks_ahead": 1, "raw_decode_cpus": 0.25},

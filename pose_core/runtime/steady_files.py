@@ -1,4 +1,4 @@
-"""Reads that outlast trouble with the store: retried with backoff for a set time, going on where they were cut off."""
+"""Reads and writes that outlast trouble with the store: retried with backoff for a set time; a cut read goes on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import tenacity
 
+from pose_core.data.sources.source import Stored
 from pose_core.errors import DataError, ReplacedError, StorageError, StorageGoneError
 from pose_core.runtime.pieces import Piece
 from pose_core.runtime.s3_client import forget_credentials
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SteadyFiles:
-    """The objects of a store, read steadily; it holds nothing but its settings, so that it travels into tasks.
+    """The objects of a store, read and written steadily; it holds only its settings, so that it travels into tasks.
 
     A store that does not answer, answers 500 or 503, sends too slowly or cuts an answer off, and credentials that it
     refuses, are tried again, with credentials read anew, for up to ``retry_seconds``. All bytes of one read are of one
@@ -36,6 +37,28 @@ class SteadyFiles:
 
     store: Store
     retry_seconds: float
+
+    @property
+    def uri(self) -> str:
+        """Where the store is."""
+        return self.store.uri
+
+    def child(self, prefix: str) -> SteadyFiles:
+        """The same below ``prefix``."""
+        return SteadyFiles(self.store.child(prefix), self.retry_seconds)
+
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """Write an object whole, or not at all. A full disk is waited for, too: somebody may free it.
+
+        Raises:
+            StorageGoneError: after ``retry_seconds`` of trying; it says what was wrong last.
+            StorageError: at once, where waiting would not help.
+        """
+        self._steadily(self.store.write_bytes, key, data)
+
+    def stored(self, prefix: str = "") -> list[Stored]:
+        """All objects below ``prefix``, as ``Store.stored`` gives them."""
+        return self._steadily(self.store.stored, prefix)
 
     def read(self, key: str, start: int = 0, stop: int = sys.maxsize, version: str = "") -> bytearray:
         """Bytes ``start`` to ``stop`` of an object, to its end without one.
@@ -65,7 +88,7 @@ class SteadyFiles:
         while not whole.whole:
             step = Piece(key, whole.at, min(stop, whole.at + PIECE_BYTES), whole.version, whole.size)
             try:
-                self._fill(step)
+                self._steadily(self.store.fill, step)
             except ReplacedError:
                 if version or time.monotonic() > until:
                     raise
@@ -75,10 +98,10 @@ class SteadyFiles:
             whole.data = whole.data + step.data if whole.data else step.data
         return whole
 
-    def _fill(self, piece: Piece) -> None:
+    def _steadily(self, request: Callable[..., T], *arguments: Any) -> T:
         passing = tenacity.retry_if_exception(lambda error: isinstance(error, StorageError) and error.passing)
         try:
-            self._retrying(passing)(self.store.fill, piece)
+            return self._retrying(passing)(request, *arguments)
         except tenacity.RetryError as error:
             last = error.last_attempt.exception()
             message = f"{last}; gave up after {self.retry_seconds:g} s (storage.retry_seconds)"

@@ -109,7 +109,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write_bytes(self, key: str, data: bytes) -> None:
+    def write_bytes(self, key: str, data: bytes | memoryview) -> None:
         """Write the object at once: readers see the old content or the new, never a part."""
 
     def list(self, prefix: str = "") -> Keys:
@@ -204,7 +204,7 @@ class _FolderStore(Store):
             if not piece.whole:
                 raise ConnectionError("cut off")
 
-    def write_bytes(self, key: str, data: bytes) -> None:
+    def write_bytes(self, key: str, data: bytes | memoryview) -> None:
         with _one_line(self.url(key)):
             write_whole(Path(self.url(key)), data)
 
@@ -284,9 +284,9 @@ class _BucketStore(Store):
         with self._s3(piece.key, read_seconds=SILENT_SECONDS, attempts=1) as s3:
             fill_piece(s3, self._at(piece.key), piece)
 
-    def write_bytes(self, key: str, data: bytes) -> None:
+    def write_bytes(self, key: str, data: bytes | memoryview) -> None:
         with self._s3(key) as s3:
-            s3.put_object(**self._at(key), Body=data)
+            s3.put_object(**self._at(key), Body=bytes(data))
 
     def _raw(self, s3: Any, prefix: str) -> Iterator[Stored]:
         bucket, below = self._at(prefix).values()

@@ -98,7 +98,10 @@ def explain(error: Exception, url: str, local: str | None = None) -> StorageErro
     number = getattr(error, "errno", None)
     if number in _ERRNOS:
         sentence = _ERRNOS[number].format(place=local or url)
-        return StorageError(sentence, in_call=number not in (errno.ENOSPC, errno.EDQUOT))
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        told = StorageError(sentence, in_call=not full)
+        told.passing = full
+        return told
     said = re.sub(r"[\s_]", "", f"{code} {type(error).__name__} {message}").lower()
     if re.search(r"preconditionfailed|invalidrange", said):
         return ReplacedError(

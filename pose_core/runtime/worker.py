@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pose_core.data.order import Position
-from pose_core.errors import CheckpointError, PoseError
+from pose_core.errors import PoseError
 from pose_core.models.video_model import Condition
+from pose_core.runtime import preemption
 from pose_core.runtime.batches import Batches
+from pose_core.runtime.checkpoints import PhaseCheckpoints, Saved
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.meter import Meter
 from pose_core.runtime.out_of_memory import kernel_kills, told
@@ -28,19 +30,15 @@ from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
 from pose_core.runtime.watchdog import BoardBell, Limits, Watchdog
 from pose_core.settings import TrainingSettings
-from pose_core.training import build, checkpoint, loop, parallel
+from pose_core.training import build, loop, parallel
 from pose_core.training.alarms import Alarms, Collapse
 from pose_core.training.state import Batch, Networks
 
-POSITION = "position.json"
-"""A checkpoint's file that says where its data go on."""
-GOOD_STEP, ARMED = "good_step", "armed"
-"""Reported with a checkpoint: its step, or 0 where an alarm rang; the figures that alarms watch from then on."""
 WAIT = "data_wait_share"
 
 
-def run_phase(config: dict[str, PhaseJob]) -> None:
-    """One rank of a phase: build, restore, train, and on rank 0 write the averaged generator."""
+def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
+    """One rank of a phase: build, restore, train, and on rank 0 write the averaged generator; figures of the rank."""
     job = config["job"]
     settings = job.settings
     # FSDP warns that a view it returned must not be changed in place; nothing here does.
@@ -52,17 +50,19 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
     with told(device), contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         turns = build.phase_turns(job.phase, settings)
-        with _checkpoint_folder() as restored:
-            # First of all, so that data are read while networks are built.
-            batches = stack.enter_context(job.data.batches(_position(restored), *_reader(settings.training)))
-            networks = _networks(job, Path(scratch), device)
-            optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
-            done = checkpoint.load(restored, networks, optimizers) if restored else 0
+        kept = PhaseCheckpoints(job.artifact, settings.training.keep_checkpoints, settings.storage.retry_seconds)
+        found = kept.newest()
+        position = Position.from_json(found.position) if found else Position()
+        # First of all, so that data are read while networks are built.
+        batches = stack.enter_context(job.data.batches(position, *_reader(settings.training)))
+        networks = _networks(job, Path(scratch), device)
+        optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
+        done = kept.load(found, networks, optimizers) if found else 0
         meter = Meter(job, networks, optimizers, turns, device)
         watchdog = Watchdog(Limits.of(settings), BoardBell(job.progress), parallel.rank(), parallel.ranks())
         stack.enter_context(watchdog)
         with meter.record("validation"):
-            watch = _Watch(job, networks, optimizers, device, done, batches, meter, watchdog)
+            watch = _Watch(job, networks, optimizers, device, kept, found, batches, meter, watchdog)
         stack.enter_context(meter.measuring())
         loop.train(
             networks,
@@ -81,6 +81,7 @@ def run_phase(config: dict[str, PhaseJob]) -> None:
         )
         watch.finish()
         _write_result(job, networks, Path(scratch))
+        return watch.figures
 
 
 def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
@@ -95,29 +96,9 @@ def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
     return networks
 
 
-@contextlib.contextmanager
-def _checkpoint_folder() -> Iterator[Path | None]:
-    """Ray Train's last checkpoint, to go on from, if there is one."""
-    found = ray.train.get_checkpoint()
-    if found is None:
-        yield None
-    else:
-        with found.as_directory() as folder:
-            yield Path(folder)
-
-
 def _reader(training: TrainingSettings) -> tuple[int, int]:
     """Which reader of the training data this rank is, and of how many: ranks that share a clip's tokens are one."""
     return parallel.rank() // training.context_workers, parallel.ranks() // training.context_workers
-
-
-def _position(restored: Path | None) -> Position:
-    """Where a checkpoint's data go on; the same whatever the number of workers."""
-    if restored is None:
-        return Position()
-    if not (restored / POSITION).is_file():
-        raise CheckpointError(f"the last checkpoint of this phase has no {POSITION}: choose another run.name")
-    return Position.from_json((restored / POSITION).read_text())
 
 
 def _to_batch(rows: dict[str, Any], device: torch.device) -> Batch:
@@ -134,19 +115,24 @@ class _Watch:
         networks: Networks,
         optimizers: dict[str, torch.optim.Optimizer],
         device: torch.device,
-        done: int,
+        kept: PhaseCheckpoints,
+        found: Saved | None,
         data: Batches,
         meter: Meter,
         watchdog: Watchdog,
     ):
-        self.job, self.networks, self.optimizers = job, networks, optimizers
+        self.job, self.networks, self.optimizers, self.kept = job, networks, optimizers, kept
         self.settings, self.rank, self.data = job.settings, parallel.rank(), data
         self.meter, self.watchdog = meter, watchdog
         self.seen: list[dict[str, Any]] = []
         self.validation = Validation(job, networks, device)
-        self.good_step, armed = _kept_alarms(done)
-        self.alarms = Alarms(self.validation.teacher_figures, self.settings.alarms.lowest_share, armed)
-        self.stopped = False
+        done = found.step if found else 0
+        good = kept.newest_good()
+        self.good_step = good.step if good else 0
+        self.alarms = Alarms(
+            self.validation.teacher_figures, self.settings.alarms.lowest_share, found.armed if found else []
+        )
+        self.stopped, self.notice = False, preemption.NONE
         self._report(done, {})
         if self.settings.alarms.every_steps:
             self._log_figures(done, "teacher_", self.alarms.teacher)
@@ -182,6 +168,8 @@ class _Watch:
         if checkpoint_due and not self.stopped:
             with self._apart("checkpoint"):
                 self._checkpoint(step)
+        if not self.stopped and not last:
+            self._heed_notice(step, saved=checkpoint_due)
         return self.stopped
 
     @contextlib.contextmanager
@@ -191,8 +179,24 @@ class _Watch:
         with self.meter.record(part):
             yield
 
+    def _heed_notice(self, step: int, saved: bool) -> None:
+        """Where any worker is about to be taken away: store what there is, and end if it was told to end."""
+        notice = parallel.highest(torch.tensor(preemption.level(), device=self.networks.null_text.device))
+        if notice <= self.notice:
+            return
+        self.notice = notice
+        with self._apart("checkpoint"):
+            if not saved:
+                self._checkpoint(step)
+            self.kept.wait()
+        if self.rank == 0:
+            self.job.progress.note.remote(f"a worker is about to be taken away: step {step} is stored")
+        if notice == preemption.TERMINATED:
+            raise preemption.PreemptedError(f"a worker was told to end (SIGTERM) at step {step}, which is stored")
+
     def finish(self) -> None:
         """Put back what an alarm asks for and log the last samples; every curve is in MLflow when this returns."""
+        self.kept.wait()
         self.validation.log_pictures(self._go_back() if self.stopped else self.job.steps)
         if self.rank == 0:
             if refused := self.data.refused():
@@ -226,69 +230,57 @@ class _Watch:
     def _warn(self, step: int, collapse: Collapse) -> None:
         figure, value, teacher = collapse
         what = f"{figure} fell to {value:.3g} at step {step}, below {self.alarms.lowest_share:g} of the teacher's"
-        kept = f"checkpoint {_name(self.good_step)} is kept" if self.good_step else "there is no checkpoint before it"
+        kept = f"checkpoint step-{self.good_step:07d} is kept" if self.good_step else "there is no checkpoint before it"
         self.job.progress.note.remote(f"warning: {what} {teacher:.3g} (alarms.lowest_share); {kept}")
         self.job.tracker.set_tags({f"alarm.{figure}": f"{what} {teacher:.3g}"})
 
     def _checkpoint(self, step: int) -> None:
         if not self.alarms.collapsed:
             self.good_step = step
-        if self.rank == 0:
+        seen, self.seen = self.seen, []
+
+        def log() -> None:
             # A worker that dies takes its queued points along; those before a checkpoint are not made again.
             self.job.tracker.flush()
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), step, self.networks, self.optimizers)
-            (Path(folder) / POSITION).write_text(self.data.position.to_json())
-            self._log_clips(step)
-            # Ray Train keeps what rank 0 reports, which alone knows of alarms.
-            good_step = 0 if self.alarms.collapsed else step
-            ray.train.report(
-                {"step": step, GOOD_STEP: good_step, ARMED: sorted(self.alarms.armed), WAIT: self._wait_share()},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=_name(step),
-            )
+            self._log_clips(step, seen)
+
+        self.kept.save(
+            step,
+            self.networks,
+            self.optimizers,
+            good_step=0 if self.alarms.collapsed else step,
+            armed=sorted(self.alarms.armed),
+            position=self.data.position.to_json(),
+            before_commit=log,
+        )
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of this rank's whole attempt."""
+        return {"good_step": self.good_step, WAIT: self._wait_share()}
 
     def _wait_share(self) -> float:
         """Share of the time since this worker began to train in which it waited for data."""
         return self.data.waited_seconds / max(time.monotonic() - self.started, 1e-9)
 
-    def _log_clips(self, step: int) -> None:
+    def _log_clips(self, step: int, seen: list[dict[str, Any]]) -> None:
         """Only what lies before a checkpoint: steps behind it are made again after a crash."""
-        if self.rank == 0 and self.seen:
-            first = step - len(self.seen) + 1
-            lines = (json.dumps({"step": first + at} | seen) + "\n" for at, seen in enumerate(self.seen))
-            self.job.artifact.write_bytes(f"clips/{_name(step)}.jsonl", "".join(lines).encode())
-        self.seen = []
+        if seen:
+            first = step - len(seen) + 1
+            lines = (json.dumps({"step": first + at} | each) + "\n" for at, each in enumerate(seen))
+            self.job.artifact.write_bytes(f"clips/step-{step:07d}.jsonl", "".join(lines).encode())
 
     def _go_back(self) -> int:
         """Restore the last checkpoint without an alarm; its step."""
-        found = max(ray.train.get_all_reported_checkpoints(), key=_good_step, default=None)
-        if found is None or not _good_step(found):
+        good = self.kept.newest_good()
+        if good is None:
             raise PoseError(
                 "the generator collapsed before its first checkpoint, see the warning above: lower the phase's "
                 "learning rate or training.checkpoint_every_steps, or set alarms.stop_early=false"
             )
         if self.rank == 0:
-            self.job.progress.note.remote(f"ends early with the weights of step {_good_step(found)}")
-        with found.checkpoint.as_directory() as folder:
-            return checkpoint.load(Path(folder), self.networks, self.optimizers)
-
-
-def _kept_alarms(done: int) -> tuple[int, list[str]]:
-    """Of the checkpoint that the phase goes on from: the last step without an alarm, and the armed figures."""
-    if not done:
-        return 0, []
-    found = ray.train.get_all_reported_checkpoints()
-    armed = [name for each in found if each.metrics["step"] == done for name in each.metrics.get(ARMED, [])]
-    return max(map(_good_step, found), default=0), armed
-
-
-def _good_step(reported: ray.train.ReportedCheckpoint) -> int:
-    return reported.metrics.get(GOOD_STEP, 0)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:07d}"
+            self.job.progress.note.remote(f"ends early with the weights of step {good.step}")
+        return self.kept.load(good, self.networks, self.optimizers)
 
 
 def _write_result(job: PhaseJob, networks: Networks, scratch: Path) -> None:

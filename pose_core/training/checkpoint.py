@@ -1,4 +1,4 @@
-"""Training state as a distributed checkpoint: every rank writes and reads its own shards.
+"""Training state as a distributed checkpoint: every rank writes and reads its own shards, in the background.
 
 Checkpoints lie in storage that others may write to, so reading one runs nothing that lies in it.
 """
@@ -6,15 +6,16 @@ Checkpoints lie in storage that others may write to, so reading one runs nothing
 from __future__ import annotations
 
 import io
-import pickle
-from pathlib import Path
-from typing import Any
+import threading
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,38 +24,118 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pose_core.errors import CheckpointError
+from pose_core.errors import CheckpointError, ClusterError, PoseError, StorageGoneError
+from pose_core.training.checkpoint_files import Commit, Files, Reader, Writer
 from pose_core.training.state import Networks
 
 PARTIAL = StateDictOptions(strict=False)
 
 
-def save(folder: Path, step: int, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Write the state after ``step`` finished steps; every rank must call it with its own or a shared folder."""
-    dcp.save(_state(step, networks, optimizers), checkpoint_id=folder)
+Shared = TypeVar("Shared")
 
 
-def load(folder: Path, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> int:
+class Saver:
+    """Saves in the background: ``start`` copies the state to the CPU and returns, a thread writes the copy.
+
+    Every rank must make one and call its methods in the same order. The thread has a process group of its own, so that
+    the ranks' agreement on a checkpoint never meets their training. ``timeout_seconds`` is how long a rank waits for
+    another to finish writing.
+    """
+
+    def __init__(self, timeout_seconds: float = 1800.0):
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        pinned = torch.cuda.is_available()
+        # It keeps its buffers from one checkpoint to the next.
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._thread: threading.Thread | None = None
+        self._failure: PoseError | None = None
+
+    def start(
+        self,
+        files: Files,
+        step: int,
+        networks: Networks,
+        optimizers: dict[str, torch.optim.Optimizer],
+        commit: Commit,
+    ) -> None:
+        """Begin to write the state after ``step`` finished steps; it may change as soon as this returns.
+
+        Raises:
+            PoseError: why the checkpoint before this one could not be written.
+        """
+        self.wait()
+        staged = self._stager.stage(_state(step, networks, optimizers))
+        # A daemon: a worker that ends by an error does not wait for a store that is away.
+        self._thread = threading.Thread(target=self._write, args=(files, step, staged, commit), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once the checkpoint that was begun last is committed.
+
+        Raises:
+            PoseError: why it could not be written; the same kind on all ranks.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def from_first_rank(self, value: Shared) -> Shared:
+        """What the first rank gave; the others may give anything."""
+        if self.group is None:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        return shared[0]
+
+    def _write(self, files: Files, step: int, state: dict[str, Any], commit: Commit) -> None:
+        try:
+            dcp.save(state, storage_writer=Writer(files, commit), process_group=self.group, no_dist=self.group is None)
+        # One of them is no Exception, and nothing may end this thread unseen.
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            if not isinstance(cause, PoseError):
+                reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+                cause = ClusterError(f"the checkpoint of step {step} could not be written to {files.uri}: {reason}")
+            self._failure = cause
+
+
+def load(files: Files, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> int:
     """Restore networks and optimisers in place; the number of finished steps.
 
     Raises:
-        CheckpointError: when the folder is not a checkpoint of these networks.
+        CheckpointError: it is not a checkpoint of these networks, or damaged.
+        StorageGoneError: the store stayed away.
     """
     state = _state(0, networks, optimizers)
     try:
-        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
-    # DCP raises many types, one of them no Exception; all of them mean that this folder cannot be used.
+        dcp.load(state, storage_reader=Reader(files), planner=_Planner(), no_dist=not dist.is_initialized())
+    # DCP raises many types, one of them no Exception; but for a store's, they mean that this folder cannot be used.
     except (Exception, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = " ".join(str(cause).split())[:300]
+        cause = _cause(error)
+        if isinstance(cause, StorageGoneError):  # it has been waited for, and says so
+            raise cause from error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise CheckpointError(
-            f"{folder} is not a checkpoint of this run: {reason}; remove it or choose another run.name"
+            f"{files.uri} is not a checkpoint of this run: {reason}; remove it or choose another run.name"
         ) from error
     for name, module in _stored(networks).items():
         set_model_state_dict(module, state["networks"][name], options=PARTIAL)
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(_stored(networks)[name], optimizer, state["optimizers"][name])
     return state["step"]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on a rank; one of ours before what followed from it on others."""
+    if not isinstance(error, CheckpointException):
+        return error
+    causes = [failure[0] for failure in error.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, PoseError)), causes[0])
 
 
 def _state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
@@ -79,42 +160,6 @@ def _own(networks: Networks, name: str, module: nn.Module) -> dict[str, Any]:
         return weights
     own = networks.roles()[name].weights()
     return {key: value for key, value in weights.items() if key in own}
-
-
-class _Reader(dcp.FileSystemReader):
-    """Unpickles a checkpoint's index, which is a pickle by format, with nothing but the index's own types."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    known = {
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "_MEM_FORMAT_ENCODING",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-        },
-        "pathlib": {"PosixPath", "WindowsPath"},
-        "pathlib._local": {"PosixPath", "WindowsPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.known.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its index names {module}.{name}, which no index needs")
 
 
 class _Planner(dcp.DefaultLoadPlanner):

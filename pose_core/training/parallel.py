@@ -185,10 +185,14 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
 
 def any_rank(flag: Tensor) -> bool:
     """Whether the scalar ``flag`` is true on any rank; every rank must call it, and each gets the same answer."""
+    return bool(highest(flag.int()))
+
+
+def highest(value: Tensor) -> int:
+    """The largest of the ranks' integer scalars; every rank must call it, and each gets the same answer."""
     if dist.is_initialized():
-        flag = flag.int()
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from pose_core import config
 from pose_core.models.video_model import Condition
+from pose_core.runtime.steady_files import SteadyFiles
+from pose_core.runtime.storage import Store
 from pose_core.settings import Settings
-from pose_core.training import build, loop, parallel
+from pose_core.training import build, checkpoint, loop, parallel
 from pose_core.training.state import Batch, Networks
 from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Turn
@@ -138,6 +140,23 @@ def modules(networks: Networks) -> dict[str, torch.nn.Module]:
     if networks.discriminator is not None:
         found["discriminator"] = networks.discriminator.module
     return found if networks.heads is None else found | {"heads": networks.heads}
+
+
+def files(folder: Path) -> SteadyFiles:
+    """Where a checkpoint lies, for one that is in a local folder."""
+    return SteadyFiles(Store.open(str(folder)), retry_seconds=0.0)
+
+
+def save(folder: Path, step: int, phase: Phase) -> None:
+    """Save a phase and wait for the end."""
+    saver = checkpoint.Saver()
+    saver.start(files(folder), step, phase.networks, phase.optimizers, commit=lambda objects: None)
+    saver.wait()
+
+
+def load(folder: Path, phase: Phase) -> int:
+    """Restore a phase; the number of finished steps."""
+    return checkpoint.load(files(folder), phase.networks, phase.optimizers)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phases import CASES, Phase, build_phase, differing, local
+from phases import CASES, Phase, build_phase, differing, load, local, save
 from torch import Tensor
 
-from pose_core.training import checkpoint, parallel
+from pose_core.training import parallel
 
 SAVED_STEP, LAST_STEP = 2, 3
 
@@ -24,11 +24,11 @@ def work(_rank: int, folder: Path, out: Path) -> dict[str, Any]:
 def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:
     phase = build_phase(name, folder, sharded=True)
     phase.train(0, SAVED_STEP, sample=True)
-    checkpoint.save(out / name, SAVED_STEP, phase.networks, phase.optimizers)
+    save(out / name, SAVED_STEP, phase)
     phase.sample()
     phase.train(SAVED_STEP, LAST_STEP, sample=True)
     resumed = build_phase(name, folder, sharded=True)
-    step = checkpoint.load(out / name, resumed.networks, resumed.optimizers)
+    step = load(out / name, resumed)
     resumed.train(step, LAST_STEP)
     return {
         "history": phase.history,

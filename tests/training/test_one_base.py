@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from phases import PHASES, Phase, batches, build_phase, differing
+from phases import PHASES, Phase, batches, build_phase, differing, load, save
 
-from pose_core.training import checkpoint
 from pose_core.training.state import Draws
 
 LORA = ["training.lora_rank=2", "equilibrium.backbone=current"]
@@ -74,8 +73,8 @@ def test_frozen_weights_are_kept_in_the_precision_of_computation(tiny_folder: Pa
 def test_a_checkpoint_holds_adapters_only_and_goes_on_bit_by_bit(tiny_folder: Path, tmp_path: Path) -> None:
     phase, restored = (build_phase("priming", tiny_folder, *LORA, "training.generator=one_base") for _ in range(2))
     phase.train(0, 2)
-    checkpoint.save(tmp_path, 2, phase.networks, phase.optimizers)
-    assert checkpoint.load(tmp_path, restored.networks, restored.optimizers) == 2
+    save(tmp_path, 2, phase)
+    assert load(tmp_path, restored) == 2
     phase.train(2, 3)
     restored.train(2, 3)
     assert differing(phase.tensors(), restored.tensors()) == []

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase
+from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase, load
 from ranks import LAST_STEP, SAVED_STEP, moved_by_turn, work
 from spawned import run_ranks
 from torch import nn
 
-from pose_core.training import checkpoint, parallel
+from pose_core.training import parallel
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_bit_by_bit(ranks, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(ranks, tiny_folder: Path, out: Path, name: str) -> None:
     phase = build_phase(name, tiny_folder)
-    step = checkpoint.load(out / name, phase.networks, phase.optimizers)
+    step = load(out / name, phase)
     phase.train(step, LAST_STEP)
     for curve, value in ranks[0][name]["history"][-1].items():
         assert phase.history[0][curve] == pytest.approx(value, **tolerance(name, curve, 1)), curve
