@@ -1,0 +1,255 @@
+"""Whatever is killed, and whenever: a phase ends with the weights that it would have ended with undisturbed.
+
+Here a few kills are tried; ``pytest tests/end_to_end/test_recovery.py --kills 10`` tries ten of each kind and phase.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pose_core.runtime.local_ray import LocalRay
+from pose_core.runtime.object_store import EmbeddedStore
+from pose_core.runtime.storage import Store
+
+pytestmark = pytest.mark.integration
+
+STEPS, CHECKPOINT_EVERY, WORKERS = 30, 4, 2
+PHASES = ("stability_priming", "adversarial_equilibrium")
+FEW = (("worker", PHASES[0], 0), ("job", PHASES[1], 0))
+SETTINGS = (
+    *("data.digits_clips=32", "data.digits_heldout_clips=8", "data.digits_clips_per_tar=16", "data.clips_per_shard=8"),
+    *("data.encoder_actors=1", "training.batch_per_worker=1", "training.sample_clips=1", "evaluation.judge="),
+    *(f"priming.steps={STEPS}", f"equilibrium.steps={STEPS}", f"training.checkpoint_every_steps={CHECKPOINT_EVERY}"),
+    *("tracking.log_every_steps=1", "alarms.every_steps=0", "evaluation.teacher_steps=1"),
+    *("training.shuffle_shards=2", "training.shuffle_clips=8", "training.log_clips=true"),
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kill" in metafunc.fixturenames:
+        many = metafunc.config.getoption("--kills")
+        every = [(kind, phase, seed) for phase in PHASES for kind in ("worker", "job") for seed in range(many)]
+        metafunc.parametrize("kill", every if many else FEW, ids=lambda kill: "-".join(map(str, kill)))
+
+
+@dataclass
+class Ground:
+    """One store and one Ray for all runs of this file, and what marks the processes that belong to it."""
+
+    folder: Path
+    environment: dict[str, str]
+    store: Store
+    script: Callable[..., list[str]]
+
+    def run(self, name: str, stage: str, *settings: str) -> Attempt:
+        """Start a stage of the run ``name``."""
+        command = self.script(stage, *SETTINGS, f"run.name={name}", f"storage.uri={self.store.uri}", *settings)
+        pipe = subprocess.PIPE
+        return Attempt(
+            self,
+            stage,
+            subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+            ),
+        )
+
+    def copy(self, name: str, stages: tuple[str, ...]) -> None:
+        """Give the run ``name`` the artifacts of the undisturbed run's ``stages``."""
+        runs = self.store.child("runs")
+        for stage in stages:
+            for key in runs.list(f"undisturbed/{stage}"):
+                runs.write_bytes(f"{name}{key.removeprefix('undisturbed')}", runs.read_bytes(key))
+
+    def workers(self) -> list[psutil.Process]:
+        """The train workers, by age; processes of other programs are none of ours."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                ours = process.environ().get("STARTED_BY_TEST_IN", "").startswith(str(self.folder))
+                if ours and "ray::RayTrainWorker" in "".join(process.cmdline()[:1]):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+    def state(self, name: str, phase: str) -> dict[str, bytes]:
+        """Every byte of a finished phase: its generator, and both networks and optimisers in its last checkpoint."""
+        artifact = self.store.child(f"runs/{name}/{phase}")
+        last = max(key for key in artifact.list("checkpoints") if key.endswith("/manifest.json")).rpartition("/")[0]
+        assert last.split("-")[1] == f"{STEPS:07d}"
+        keys = [*artifact.list("generator"), *(key for key in artifact.list(last) if not key.endswith("manifest.json"))]
+        assert len(keys) >= 4
+        return {key.removeprefix(last): artifact.read_bytes(key) for key in keys}
+
+
+@dataclass
+class Attempt:
+    """A stage that runs: what it has printed, and how it ends."""
+
+    ground: Ground
+    stage: str
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def until(self, step: int) -> int:
+        """Read on until a step of at least ``step`` has been said; that step, or 0 if it ended before."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            words = line.split()
+            if words[:1] == [self.stage] and "/" in words[1] and int(words[1].split("/")[0]) >= step:
+                return int(words[1].split("/")[0])
+        return 0
+
+    def end(self) -> list[str]:
+        """Read on to the end, which must be a good one; all lines."""
+        with contextlib.suppress(ValueError):
+            self.until(STEPS + 1)
+        assert self.process.wait(120) == 0, "\n".join(self.lines)
+        return self.lines
+
+    def resumed_at(self) -> list[int]:
+        """The steps that it said it went on from."""
+        return [int(line.split()[-1]) for line in self.lines if "goes on from step" in line]
+
+
+@pytest.fixture(scope="module")
+def ground(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], script: Callable[..., list[str]]
+) -> Iterator[Ground]:
+    """An undisturbed run of both phases, on a store and a Ray that stay."""
+    folder = tmp_path_factory.mktemp("recovery")
+    marked = {"STARTED_BY_TEST_IN": str(folder)}
+    with EmbeddedStore(folder / "store") as store, LocalRay(folder / "ray", store.environment | marked) as cluster:
+        own = environment | store.environment | cluster.environment | marked
+        ground = Ground(folder, own, Store.open(store.uri), script)
+        for stage in ("prepare_data", *PHASES):
+            ground.run("undisturbed", stage).end()
+        yield ground
+
+
+def test_a_killed_phase_ends_with_the_same_bits(ground: Ground, kill: tuple[str, str, int]) -> None:
+    kind, phase, seed = kill
+    name, rng = "-".join(map(str, kill)).replace("_", "-"), random.Random(f"{kill}")
+    ground.copy(name, ("prepare_data", *PHASES[: PHASES.index(phase)]))
+    attempt = ground.run(name, phase)
+    killed_at = attempt.until(rng.randrange(1, STEPS))
+    time.sleep(rng.uniform(0, 1))
+    if kind == "worker":
+        rng.choice(ground.workers()[-WORKERS:]).kill()
+        attempt.end()
+        print(f"{name}: killed at step {killed_at}, went on from {attempt.resumed_at()}")
+    else:
+        attempt.process.kill()
+        attempt.process.wait()
+        attempt = ground.run(name, phase)
+        attempt.end()
+        print(f"{name}: killed at step {killed_at}, the same command went on from {attempt.resumed_at()}")
+    undisturbed, disturbed = ground.state("undisturbed", phase), ground.state(name, phase)
+    assert undisturbed.keys() == disturbed.keys()
+    assert [key for key in undisturbed if undisturbed[key] != disturbed[key]] == []
+
+
+def test_a_worker_that_gets_sigterm_stores_its_step_before_it_ends(ground: Ground) -> None:
+    """As a cloud does some seconds before it takes a machine back; no step is lost."""
+    phase = PHASES[0]
+    ground.copy("preempted", ("prepare_data",))
+    # Without checkpoints but the last, what it goes on from can only be what the notice made.
+    attempt = ground.run("preempted", phase, f"training.checkpoint_every_steps={STEPS}")
+    attempt.until(5)
+    ground.workers()[-1].send_signal(signal.SIGTERM)
+    attempt.end()
+    (stored,) = [int(line.split()[-3]) for line in attempt.lines if "is about to be taken away" in line]
+    assert attempt.resumed_at() == [stored] and 5 <= stored < STEPS
+    assert ground.state("undisturbed", phase) == ground.state("preempted", phase)
+
+
+def test_a_store_that_is_away_during_an_upload_changes_nothing(ground: Ground) -> None:
+    """It answers nothing for some seconds, in the middle of several checkpoints."""
+    phase = PHASES[0]
+    ground.copy("away", ("prepare_data",))
+    attempt = ground.run("away", phase)
+    attempt.until(CHECKPOINT_EVERY - 1)
+    (server,) = [
+        process
+        for process in psutil.Process(os.getpid()).children(recursive=True)
+        if "weed" in process.name() and str(ground.folder) in process.cwd()
+    ]
+    server.suspend()
+    time.sleep(10)
+    server.resume()
+    attempt.end()
+    assert attempt.resumed_at() == []
+    assert ground.state("undisturbed", phase) == ground.state("away", phase)
+
+
+@contextlib.contextmanager
+def node(ground: Ground) -> Iterator[None]:
+    """A second node of two CPUs, whose every process is killed at the end, as when a machine loses its power."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
+    address = (f"--address={ground.environment['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1")
+    mark = {"STARTED_BY_TEST_IN": f"{ground.folder}/node"}
+    with (ground.folder / "node.log").open("a") as log:
+        process = subprocess.Popen([*command, *address], env=ground.environment | mark, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if each.environ().get("STARTED_BY_TEST_IN") == mark["STARTED_BY_TEST_IN"]:
+                    each.kill()
+        process.kill()
+        process.wait()
+
+
+def test_an_elastic_phase_goes_on_smaller_when_a_node_is_lost_and_grows_when_one_comes(ground: Ground) -> None:
+    """Each worker takes a node of two CPUs for itself; every clip still comes once an epoch."""
+    phase = PHASES[0]
+    ground.copy("elastic", ("prepare_data",))
+    elastic = ("training.min_workers=1", "training.elastic_check_seconds=2", "training.cpus_per_worker=2")
+    clips = partial(clips_by_step, ground.store.child(f"runs/elastic/{phase}"))
+    with node(ground):
+        attempt = ground.run("elastic", phase, *elastic, "priming.steps=1000000")
+        until(attempt, lambda: len(clips()) >= CHECKPOINT_EVERY)
+    until(attempt, lambda: group_sizes(clips())[1:] == [1])
+    with node(ground):
+        until(attempt, lambda: group_sizes(clips())[2:] == [2])
+    attempt.process.kill()
+    attempt.process.wait()
+    seen = clips()
+    assert group_sizes(seen) == [2, 1, 2]
+    assert sorted(seen) == list(range(1, len(seen) + 1))
+    assert max(Counter(clip for each in seen.values() for clip in each).values()) == 1
+
+
+def until(attempt: Attempt, done: Callable[[], bool]) -> None:
+    """Wait for something while an attempt runs."""
+    deadline = time.monotonic() + 300
+    while not done():
+        assert attempt.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def clips_by_step(artifact: Store) -> dict[int, list[str]]:
+    """Which clips each step trained on, as far as it is stored in a checkpoint."""
+    told = [json.loads(line) for key in artifact.list("clips") for line in artifact.read_text(key).splitlines()]
+    return {line["step"]: line["clips"] for line in told}
+
+
+def group_sizes(clips: dict[int, list[str]]) -> list[int]:
+    """How many clips a step took, with repeats left out."""
+    return [size for size, _ in itertools.groupby(len(clips[step]) for step in sorted(clips))]
