@@ -244,8 +244,7 @@ def parse_prompts(prompts: list[str]) -> Wanted:
                 in_call=True,
             )
         front, behind = match.groups()[:3], match.groups()[3:]
-        there = behind[0] is not None
-        rows.append([*_said(front), *_said(behind if there else front), there])
+        rows.append([*_said(front), *_said(behind if behind[0] else front), behind[0] is not None])
     said = torch.tensor(rows)
     named = torch.stack([torch.ones(len(said)), said[:, 6]], dim=1).bool()
     told = said[:, [2, 5]].bool() & named
@@ -253,7 +252,6 @@ def parse_prompts(prompts: list[str]) -> Wanted:
 
 
 def _said(words: tuple[str | None, ...]) -> tuple[int, int, bool]:
-    """Digit, motion and whether it is told, as numbers."""
     name, *motion = words
     told = motion[0] is not None
     return moving_digits.DIGIT_NAMES.index(str(name)), MOTIONS.index(tuple(motion)) if told else 0, told

@@ -48,6 +48,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         artifact = Store.open(str(tmp_path))
         attempts = Attempts(artifact, *outcomes)
         monkeypatch.setattr(phases, "_trainer", lambda job, fingerprint: attempts)
+        monkeypatch.setattr(phases, "_told", lambda error, run, job: phases.plain(error, run.name, [], {}))
         stage = SimpleNamespace(artifact=artifact, settings=config.load(""), fingerprint="f", name="priming")
         result = phases._fit(None, stage)
         assert attempts.left == [] and last_step(artifact, 0) == result["good_step"]
