@@ -14,7 +14,7 @@ from pose_core.runtime.worker import run_phase
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 
 
-def hang_once(config: dict[str, Any], mark: str, steps: int) -> None:
+def hang_once(config: dict[str, Any], mark: str, steps: int) -> dict[str, float]:
     """A worker's function, which hangs in the step behind ``steps`` others; the file ``mark`` says that it has."""
     import torch.distributed as dist
 
@@ -38,18 +38,18 @@ def hang_once(config: dict[str, Any], mark: str, steps: int) -> None:
 
     done: list[int] = []
     loop.train, dist.all_reduce = train_marked, sleep_once
-    run_phase(config)
+    return run_phase(config)
 
 
 if __name__ == "__main__":
     found, steps = str(Path(sys.argv.pop(1)).resolve()), int(sys.argv.pop(1))
 
-    def worker(config: dict[str, Any]) -> None:
+    def worker(config: dict[str, Any]) -> dict[str, float]:
         """Travels to the workers by value, since it is of the main module."""
         sys.path.insert(0, str(Path(__file__).parent))
         from hang_once import hang_once
 
-        hang_once(config, found, steps)
+        return hang_once(config, found, steps)
 
     phases.run_phase = worker
     runpy.run_path(str(PIPELINES / "stability_priming.py"), run_name="__main__")
