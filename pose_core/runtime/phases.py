@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
@@ -155,7 +156,9 @@ class ProgressBoard:
 @contextmanager
 def _progress(run: StageRun, steps: int) -> Iterator[Any]:
     """A board whose content a thread keeps drawing until the phase ends."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    # On the driver's own node: a node that is lost must not take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ended = threading.Event()
     last, told, heard = -1, 0, 0
 

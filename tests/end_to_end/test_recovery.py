@@ -22,7 +22,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 
+from pose_core.runtime.cluster import capacity, connect
 from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.storage import Store
@@ -202,17 +204,22 @@ def node(ground: Ground) -> Iterator[None]:
     """A second node of two CPUs, whose every process is killed at the end, as when a machine loses its power."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
     address = (f"--address={ground.environment['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1")
-    mark = {"STARTED_BY_TEST_IN": f"{ground.folder}/node"}
-    with (ground.folder / "node.log").open("a") as log:
-        process = subprocess.Popen([*command, *address], env=ground.environment | mark, stdout=log, stderr=log)
+    mark = f"{ground.folder}/node"
+    # The switch by which the first node listens on loopback alone also forbids a second one.
+    own = ground.environment | {"STARTED_BY_TEST_IN": mark, ENABLE_RAY_CLUSTERS_ENV_VAR: "1"}
+    before = capacity(connect()).cpus
+    with (ground.folder / "node.log").open("w") as log:
+        process = subprocess.Popen([*command, *address], env=own, stdout=log, stderr=log)
     try:
+        while capacity(connect()).cpus == before:
+            assert process.poll() is None, (ground.folder / "node.log").read_text()
+            time.sleep(0.5)
         yield
     finally:
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if each.environ().get("STARTED_BY_TEST_IN") == mark["STARTED_BY_TEST_IN"]:
+                if each.environ().get("STARTED_BY_TEST_IN") == mark:
                     each.kill()
-        process.kill()
         process.wait()
 
 

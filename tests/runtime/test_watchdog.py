@@ -7,28 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from hanging import FileBell, hang
 
 from pose_core import config
 from pose_core.runtime import watchdog
 from pose_core.runtime.watchdog import EXIT_CODE, KNOWN_STEPS, Limits, Watchdog
 
 LIMITS = Limits(factor=3, least=0.4, pause=2.0)
-
-
-class FileBell:
-    """A bell that processes share through a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def ring(self, reason: str, stacks: str) -> None:
-        (self.folder / reason.split(":")[0]).write_text(f"{reason}\n{stacks}")
-
-    def rung(self) -> int:
-        return len(list(self.folder.glob("rank*")))
 
 
 @pytest.fixture(autouse=True)
@@ -114,20 +100,6 @@ def test_a_factor_of_nothing_watches_nothing(tmp_path: Path) -> None:
         time.sleep(0.8)
 
     assert ended(tmp_path, steps, Limits(factor=0, least=0.1, pause=0.1)) == ([], "")
-
-
-def hang(rank: int, folder: str) -> None:
-    """Rank 1 never comes to the fifth collective, in which rank 0 waits for it."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    # Rank 0 would never notice by itself.
-    limits = Limits(factor=3, least=1.0 if rank else 600.0, pause=600.0)
-    with Watchdog(limits, FileBell(Path(folder)), rank, 2, listen_seconds=0.5) as dog:
-        for step in range(1, 6):
-            dog.begin_step(step, "")
-            if rank == 1 and step == 5:
-                time.sleep(600)
-            dist.all_reduce(torch.ones(1))
-            dog.end_step()
 
 
 def test_one_rank_that_hangs_ends_all_with_the_stacks_of_all(tmp_path: Path) -> None:

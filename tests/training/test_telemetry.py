@@ -10,6 +10,7 @@ import pytest
 import torch
 from phases import PHASES, build_phase, differing
 from spawned import run_ranks
+from telling import ranks_tell
 
 from pose_core.training import collectives, loop
 from pose_core.training.devices import peak_teraflops
@@ -137,18 +138,6 @@ def test_memory_by_role_is_what_the_networks_weigh(tiny_folder: Path) -> None:
     tensors = len([each for group in phase.optimizers.values() for each in group.state.values()])
     assert found["optimiser"] == 8 * (generator + adapter) + 4 * tensors  # two moments, and a count of steps
     assert found["activations"] >= 0
-
-
-def ranks_tell(rank: int, folder: Path, out: Path) -> dict[str, Any]:
-    """What two ranks report with and without a record, and their seconds."""
-    plain, told = (build_phase("equilibrium", folder, sharded=True) for _ in range(2))
-    times = StepTimes(HostClock())
-    plain.train(0, 2)
-    with collectives.recorded(times.part, CPU):
-        told.train(0, 2, record=times.part)
-    times.end_step()
-    same = plain.history == told.history and not differing(plain.tensors(), told.tensors())
-    return {"same": same, "seconds": times.take()[1]}
 
 
 def test_ranks_wait_for_each_other_in_communication(tiny_folder: Path, tmp_path: Path) -> None:
