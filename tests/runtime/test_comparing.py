@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from row_work import work
 
 from pose_core import config

@@ -1,4 +1,4 @@
-"""What each of two ranks does for ``test_telemetry.py``; a module of its own, because a new process imports it by name."""
+"""What each rank does for ``test_telemetry.py``; a module of its own, because a new process imports it by name."""
 
 from __future__ import annotations
 
