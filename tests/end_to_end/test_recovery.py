@@ -6,25 +6,18 @@ Here a few kills are tried; ``pytest tests/end_to_end/test_recovery.py --kills 1
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 
-from pose_core.runtime.cluster import capacity, connect
 from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.storage import Store
@@ -197,66 +190,3 @@ def test_a_store_that_is_away_during_an_upload_changes_nothing(ground: Ground) -
     attempt.end()
     assert attempt.resumed_at() == []
     assert ground.state("undisturbed", phase) == ground.state("away", phase)
-
-
-@contextlib.contextmanager
-def node(ground: Ground) -> Iterator[None]:
-    """A second node of two CPUs, whose every process is killed at the end, as when a machine loses its power."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
-    address = (f"--address={ground.environment['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1")
-    mark = f"{ground.folder}/node"
-    # The switch by which the first node listens on loopback alone also forbids a second one.
-    own = ground.environment | {"STARTED_BY_TEST_IN": mark, ENABLE_RAY_CLUSTERS_ENV_VAR: "1"}
-    before = capacity(connect()).cpus
-    with (ground.folder / "node.log").open("w") as log:
-        process = subprocess.Popen([*command, *address], env=own, stdout=log, stderr=log)
-    try:
-        while capacity(connect()).cpus == before:
-            assert process.poll() is None, (ground.folder / "node.log").read_text()
-            time.sleep(0.5)
-        yield
-    finally:
-        for each in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if each.environ().get("STARTED_BY_TEST_IN") == mark:
-                    each.kill()
-        process.wait()
-
-
-def test_an_elastic_phase_goes_on_smaller_when_a_node_is_lost_and_grows_when_one_comes(ground: Ground) -> None:
-    """Each worker takes a node of two CPUs for itself; every clip still comes once an epoch."""
-    phase = PHASES[0]
-    ground.copy("elastic", ("prepare_data",))
-    elastic = ("training.min_workers=1", "training.elastic_check_seconds=2", "training.cpus_per_worker=2")
-    clips = partial(clips_by_step, ground.store.child(f"runs/elastic/{phase}"))
-    with node(ground):
-        attempt = ground.run("elastic", phase, *elastic, "priming.steps=1000000")
-        until(attempt, lambda: len(clips()) >= CHECKPOINT_EVERY)
-    until(attempt, lambda: group_sizes(clips())[1:] == [1])
-    with node(ground):
-        until(attempt, lambda: group_sizes(clips())[2:] == [2])
-    attempt.process.kill()
-    attempt.process.wait()
-    seen = clips()
-    assert group_sizes(seen) == [2, 1, 2]
-    assert sorted(seen) == list(range(1, len(seen) + 1))
-    assert max(Counter(clip for each in seen.values() for clip in each).values()) == 1
-
-
-def until(attempt: Attempt, done: Callable[[], bool]) -> None:
-    """Wait for something while an attempt runs."""
-    deadline = time.monotonic() + 300
-    while not done():
-        assert attempt.process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.5)
-
-
-def clips_by_step(artifact: Store) -> dict[int, list[str]]:
-    """Which clips each step trained on, as far as it is stored in a checkpoint."""
-    told = [json.loads(line) for key in artifact.list("clips") for line in artifact.read_text(key).splitlines()]
-    return {line["step"]: line["clips"] for line in told}
-
-
-def group_sizes(clips: dict[int, list[str]]) -> list[int]:
-    """How many clips a step took, with repeats left out."""
-    return [size for size, _ in itertools.groupby(len(clips[step]) for step in sorted(clips))]
