@@ -239,7 +239,9 @@ class RivalsSettings(RenoisedSection):
     """What the rivals have of their own; what they share with POSE they read where POSE does."""
 
     learning_rate: LearningRate = 5e-4
-    """Of the generator in the rivals' turns."""
+    """Of the generator in consistency distillation and in DMD2."""
+    adversarial_learning_rate: LearningRate = 1e-4
+    """Of the generator where a discriminator alone leads it: LADD, and APT behind its first phase."""
     discriminator_learning_rate: LearningRate = 1e-4
     """Of APT's discriminator, a full copy of the network."""
     consistency_intervals: PositiveInt = 25

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from pose_core.errors import CheckpointError
 
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
-REOPEN_BYTES = 16 * 2**20
+REOPEN_BYTES = 8 * 2**20
 """A file is mapped into memory; closing it after so many bytes read gives the pages back that were looked at."""
+PIECE_BYTES = 2 * 2**20
+"""Rows are copied so many bytes at a time (at least one row): a piece is held twice, in the file's precision too."""
 
 
 class Weights(Mapping[str, Tensor]):
@@ -47,10 +49,16 @@ class Weights(Mapping[str, Tensor]):
         """Fill ``into`` with the tensor ``name``, or with its rows from ``first_row`` on, in ``into``'s precision."""
         if into.numel() == 0:
             return
-        found = self._file(self.files[name]).get_slice(name)
-        value = found[first_row : first_row + into.shape[0]] if into.ndim else found[...]
-        into.copy_(value)
-        self._read_bytes += value.numel() * value.element_size()
+        file = self.files[name]
+        if not into.ndim:
+            into.copy_(self._file(file).get_slice(name)[...])
+            return
+        rows = max(1, PIECE_BYTES // (into[0].numel() * into.element_size()))
+        for piece in into.split(rows):
+            value = self._file(file).get_slice(name)[first_row : first_row + len(piece)]
+            piece.copy_(value)
+            first_row += len(piece)
+            self._read_bytes += value.numel() * value.element_size()
 
     def fill(self, module: nn.Module) -> None:
         """Give a module that was built on the meta device its weights, whole, in the precision it was built in.

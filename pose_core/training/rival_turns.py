@@ -80,7 +80,7 @@ def apt_turns(settings: Settings) -> list[Turn]:
     updates = {"discriminator": rivals.discriminator_learning_rate, "heads": heads.heads_learning_rate}
     return [
         Turn("discriminator", updates, discriminator),
-        Turn("generator", {"generator": rivals.learning_rate}, generator),
+        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator),
     ]
 
 
@@ -97,7 +97,7 @@ def ladd_turns(settings: Settings) -> list[Turn]:
     heads = {"heads": phase.heads_learning_rate}
     return [
         Turn("discriminator", heads, discriminator_turn(phase, rivals, "frozen")),
-        Turn("generator", {"generator": rivals.learning_rate}, generator),
+        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator),
     ]
 
 
