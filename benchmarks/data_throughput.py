@@ -158,10 +158,7 @@ def raw(files: SteadyFiles, stack: ExitStack) -> Take:
 
 
 def open_raw(files: SteadyFiles, stack: ExitStack, **plan: Any) -> Batches:
-    base = config.load("", []).data
-    bucket = Bucket(base.frames, base.height, base.width, RATE) if plan else Bucket(FRAMES, SIDE, SIDE, RATE)
     listed = files.store.child("listed" if plan else "listed_pixels")
-    list_clips(files, listed, bucket)
     found = RawClips(RawFiles(files), listed, CLIPS_PER_TAR, 0.0, RATE)
     order = Order(len(found.shards()), SIDE_BY_SIDE, seed=0)
     # Two at a time on two CPUs, with room for what looks up where samples are, and for an encoder.
@@ -172,15 +169,16 @@ def open_raw(files: SteadyFiles, stack: ExitStack, **plan: Any) -> Batches:
     )
 
 
-def list_clips(files: SteadyFiles, listed: Store, bucket: Bucket) -> None:
-    """The list that ``prepare_data`` would leave: every video of the tars is one clip."""
-    if listed.exists(CLIP_LIST):
-        return
-    raw = RawFiles(files)
+def list_clips(files: SteadyFiles) -> None:
+    """The lists that ``prepare_data`` would leave, for pixels and for the encoder: every video is one clip."""
+    base, raw = config.load("", []).data, RawFiles(files)
     units = claim(files.store.stored("raw"), raw)
-    samples = (sample for unit in units for sample in SOURCES[unit.source].samples(unit, raw, 1 << 30))
-    inspection = Inspection(clips=[replace(NO_MEASURES, bucket=bucket.name)])
-    listed.write_bytes(CLIP_LIST, table_bytes([clip for each in samples for clip in clips_of(each, inspection)], 0.0))
+    samples = [sample for unit in units for sample in SOURCES[unit.source].samples(unit, raw, 1 << 30)]
+    buckets = {"listed": (base.frames, base.height, base.width), "listed_pixels": (FRAMES, SIDE, SIDE)}
+    for name, sizes in buckets.items():
+        inspection = Inspection(clips=[replace(NO_MEASURES, bucket=Bucket(*sizes, RATE).name)])
+        clips = [clip for each in samples for clip in clips_of(each, inspection)]
+        files.store.child(name).write_bytes(CLIP_LIST, table_bytes(clips, 0.0))
 
 
 def batches(source: Iterator[Any]) -> Take:
@@ -301,6 +299,7 @@ def run(arguments: argparse.Namespace) -> None:
         store = Store.open(server.uri).child("benchmark")
         upload(store)
         files = SteadyFiles(store, 30)
+        list_clips(files)
         with ExitStack() as sides:
             readers = {"ours": prepared(files, sides), "pyarrow": pyarrow_read(store, sides)}
             rate = rates(readers, WARM_SHARDS, TIMED_SHARDS, arguments.rounds)

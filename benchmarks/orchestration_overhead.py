@@ -94,10 +94,10 @@ def mlflow_steps(folder: Path) -> Times:
     if not database.exists():
         return {}
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as open_database:
-        # MLflow makes its tables some seconds after the file.
-        if not open_database.execute("select 1 from sqlite_master where name = 'metrics'").fetchone():
+        try:
+            rows = open_database.execute("select step, timestamp from metrics where key = 'generator/loss'").fetchall()
+        except sqlite3.OperationalError:  # MLflow makes its tables, and changes them, some seconds after the file
             return {}
-        rows = open_database.execute("select step, timestamp from metrics where key = 'generator/loss'").fetchall()
     return {step: milliseconds / 1000 for step, milliseconds in sorted(rows, key=lambda row: row[1])}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +78,14 @@ class _Entry:
 class Feed:
     """The actor; ``ranks`` workers ask it for every chunk of the order, from ``position`` on, once each."""
 
-    def __init__(self, plan: RawPlan, position: Position, ranks: int):
+    def __init__(self, plan: RawPlan, encoders: Sequence[Any], position: Position, ranks: int):
         self._plan, self._ranks = plan, ranks
+        self._encoders = itertools.cycle(encoders)
         self._entries: dict[Chunk, _Entry] = {}
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._quarantine: dict[str, None] = {}
         self._shards = plan.clips.shards()
-        self._encoders = self._start_encoders()
         threading.Thread(target=self._run, args=(position,), daemon=True).start()
 
     def chunk(self, chunk: Chunk) -> tuple[dict[str, int], list[Any]] | None:
@@ -111,15 +111,6 @@ class Feed:
     def quarantine(self) -> list[str]:
         """A line for every clip of the first epoch that could not be used, as far as chunks were asked for."""
         return list(self._quarantine)
-
-    def _start_encoders(self) -> Iterator[Any]:
-        plan = self._plan
-        if plan.encoder is None:
-            return iter(())
-        kind = ray.remote(_Encoder).options(
-            num_cpus=plan.encoder_cpus, num_gpus=plan.encoder_gpus, max_restarts=-1, max_task_retries=-1
-        )
-        return itertools.cycle([kind.remote(plan.encoder) for _ in range(plan.encoders)])
 
     def _run(self, position: Position) -> None:
         try:
@@ -221,9 +212,20 @@ class RawChunks:
 
 def start_feed(plan: RawPlan, position: Position, ranks: int) -> Any:
     """The feed of ``ranks`` workers; it lives as long as the process that calls this."""
+    # The encoders take longest to start, so they are the first.
+    encoders = _start_encoders(plan)
     # Each worker waits in one call, and the quarantine may be asked for beside them.
     options = {"num_cpus": 0, "max_concurrency": ranks + 2}
-    return ray.remote(Feed).options(**options).remote(plan, position, ranks)
+    return ray.remote(Feed).options(**options).remote(plan, encoders, position, ranks)
+
+
+def _start_encoders(plan: RawPlan) -> list[Any]:
+    if plan.encoder is None:
+        return []
+    kind = ray.remote(_Encoder).options(
+        num_cpus=plan.encoder_cpus, num_gpus=plan.encoder_gpus, max_restarts=-1, max_task_retries=-1
+    )
+    return [kind.remote(plan.encoder) for _ in range(plan.encoders)]
 
 
 def ours(error: Exception) -> Exception:
