@@ -88,7 +88,7 @@ def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
         resources["GPU"] = training.gpus_per_worker
     elastic = (training.min_workers, training.workers)
     if training.min_workers:
-        # Until Ray sees that a node is dead, for some 15 s, it would put workers there, and wait a minute for that.
+        # For up to 35 s Ray does not see that a node is dead, and waits for room on it: look again after 10 s, not 60.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return TorchTrainer(
         run_phase,

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,7 +23,7 @@ from pose_core.runtime.storage import Store
 pytestmark = pytest.mark.integration
 
 PHASE = "stability_priming"
-CLIPS, STEPS, CHECKPOINT_EVERY, MORE_STEPS = 24, 20, 5, 200
+CLIPS, STEPS, CHECKPOINT_EVERY, MORE_STEPS = 24, 20, 5, 150
 RAY_LOOKS_AT_NODES_SECONDS = 20
 CPUS = get_num_cpus()
 SETTINGS = (
@@ -38,26 +37,24 @@ SETTINGS = (
 )
 
 
-@dataclass
 class SecondNode:
-    """A node beside the head, with as many CPUs, that can be lost."""
+    """A node beside the head, with as many CPUs, that can be lost and come back."""
 
-    ground: Ground
-    process: subprocess.Popen[str]
+    def __init__(self, environment: dict[str, str]):
+        self._environment = environment
+        self.start()
 
-    @classmethod
-    def start(cls, ground: Ground) -> SecondNode:
-        """Start one and wait until it has joined."""
+    def start(self) -> None:
+        """Start it and wait until it has joined."""
         command = [sys.executable, str(Path(__file__).with_name("second_node.py")), str(CPUS)]
-        process = subprocess.Popen(command, env=ground.environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline().strip()
-        return cls(ground, process)
+        self._process = subprocess.Popen(command, env=self._environment, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None and self._process.stdout.readline().strip()
 
     def lose(self) -> None:
         """Kill all that runs on it, at once."""
         for process in self._all():
             process.kill()
-        self.process.wait()
+        self._process.wait()
 
     def kill_raylet(self) -> None:
         """Kill its raylet alone; the rest must find out, and end."""
@@ -68,7 +65,7 @@ class SecondNode:
         assert alive == []
 
     def _all(self) -> list[psutil.Process]:
-        own = psutil.Process(self.process.pid)
+        own = psutil.Process(self._process.pid)
         return [own, *own.children(recursive=True)]
 
 
@@ -87,9 +84,11 @@ def ground(
 
 
 @pytest.fixture
-def node(ground: Ground) -> SecondNode:
-    """One for the test to lose; should it still be there at the end, it ends with these tests' process."""
-    return SecondNode.start(ground)
+def node(ground: Ground) -> Iterator[SecondNode]:
+    """One that is there at the beginning of a test, and at its end."""
+    node = SecondNode(ground.environment)
+    yield node
+    node.lose()
 
 
 def test_elastic_training_goes_on_without_a_lost_node_and_grows_back(ground: Ground, node: SecondNode) -> None:
@@ -99,7 +98,7 @@ def test_elastic_training_goes_on_without_a_lost_node_and_grows_back(ground: Gro
     lost_at = attempt.until(2 * CHECKPOINT_EVERY)
     node.lose()
     attempt.until_told("goes on from step")
-    SecondNode.start(ground)
+    node.start()
     # It must not come to its end before Ray sees the node.
     with contextlib.suppress(psutil.NoSuchProcess):
         (alone,) = ground.workers()
@@ -126,7 +125,7 @@ def test_training_of_fixed_size_waits_for_a_lost_node_and_ends_with_the_same_bit
     attempt = ground.run("disturbed", PHASE)
     attempt.until(2 * CHECKPOINT_EVERY)
     node.kill_raylet()
-    SecondNode.start(ground)
+    node.start()
     attempt.end()
     assert len(attempt.resumed_at()) == 1
     assert ground.state("undisturbed", PHASE) == ground.state("disturbed", PHASE)
