@@ -14,7 +14,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is first imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Helpers that spawned ranks, or tests in other folders, must be able to import by name.
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("training", "models", "data", "runtime")]
+HELPERS = ("training", "models", "data", "runtime", "end_to_end")
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in HELPERS]
 
 PROMPTS = ["a seven moving up and left", "an eight moving down"]
 

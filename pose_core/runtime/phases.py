@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,9 @@ def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
     elastic = (training.min_workers, training.workers)
+    if training.min_workers:
+        # For up to 35 s Ray does not see that a node is dead, and waits for room on it: look again after 10 s, not 60.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return TorchTrainer(
         run_phase,
         train_loop_config={"job": job},

@@ -5,18 +5,15 @@ Here a few kills are tried; ``pytest tests/end_to_end/test_recovery.py --kills 1
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import pytest
+from stage_runs import Ground
 
 from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.object_store import EmbeddedStore
@@ -43,85 +40,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kill", every if many else FEW, ids=lambda kill: "-".join(map(str, kill)))
 
 
-@dataclass
-class Ground:
-    """One store and one Ray for all runs of this file, and what marks the processes that belong to it."""
-
-    folder: Path
-    environment: dict[str, str]
-    store: Store
-    script: Callable[..., list[str]]
-
-    def run(self, name: str, stage: str, *settings: str) -> Attempt:
-        """Start a stage of the run ``name``."""
-        command = self.script(stage, *SETTINGS, f"run.name={name}", f"storage.uri={self.store.uri}", *settings)
-        pipe = subprocess.PIPE
-        return Attempt(
-            self,
-            stage,
-            subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
-            ),
-        )
-
-    def copy(self, name: str, stages: tuple[str, ...]) -> None:
-        """Give the run ``name`` the artifacts of the undisturbed run's ``stages``."""
-        runs = self.store.child("runs")
-        for stage in stages:
-            for key in runs.list(f"undisturbed/{stage}"):
-                runs.write_bytes(f"{name}{key.removeprefix('undisturbed')}", runs.read_bytes(key))
-
-    def workers(self) -> list[psutil.Process]:
-        """The train workers, by age; processes of other programs are none of ours."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                ours = process.environ().get("STARTED_BY_TEST_IN", "").startswith(str(self.folder))
-                if ours and "ray::RayTrainWorker" in "".join(process.cmdline()[:1]):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
-
-    def state(self, name: str, phase: str) -> dict[str, bytes]:
-        """Every byte of a finished phase: its generator, and both networks and optimisers in its last checkpoint."""
-        artifact = self.store.child(f"runs/{name}/{phase}")
-        last = max(key for key in artifact.list("checkpoints") if key.endswith("/manifest.json")).rpartition("/")[0]
-        assert last.split("-")[1] == f"{STEPS:07d}"
-        keys = [*artifact.list("generator"), *(key for key in artifact.list(last) if not key.endswith("manifest.json"))]
-        assert len(keys) >= 4
-        return {key.removeprefix(last): artifact.read_bytes(key) for key in keys}
-
-
-@dataclass
-class Attempt:
-    """A stage that runs: what it has printed, and how it ends."""
-
-    ground: Ground
-    stage: str
-    process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
-
-    def until(self, step: int) -> int:
-        """Read on until a step of at least ``step`` has been said; that step, or 0 if it ended before."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            words = line.split()
-            if words[:1] == [self.stage] and "/" in words[1] and int(words[1].split("/")[0]) >= step:
-                return int(words[1].split("/")[0])
-        return 0
-
-    def end(self) -> list[str]:
-        """Read on to the end, which must be a good one; all lines."""
-        with contextlib.suppress(ValueError):
-            self.until(STEPS + 1)
-        assert self.process.wait(120) == 0, "\n".join(self.lines)
-        return self.lines
-
-    def resumed_at(self) -> list[int]:
-        """The steps that it said it went on from."""
-        return [int(line.split()[-1]) for line in self.lines if "goes on from step" in line]
-
-
 @pytest.fixture(scope="module")
 def ground(
     tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], script: Callable[..., list[str]]
@@ -131,7 +49,7 @@ def ground(
     marked = {"STARTED_BY_TEST_IN": str(folder)}
     with EmbeddedStore(folder / "store") as store, LocalRay(folder / "ray", store.environment | marked) as cluster:
         own = environment | store.environment | cluster.environment | marked
-        ground = Ground(folder, own, Store.open(store.uri), script)
+        ground = Ground(folder, own, Store.open(store.uri), script, STEPS, SETTINGS)
         for stage in ("prepare_data", *PHASES):
             ground.run("undisturbed", stage).end()
         yield ground
