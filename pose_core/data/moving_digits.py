@@ -19,6 +19,8 @@ import numpy as np
 
 from pose_core.data.captions import TEST, TRAIN, VALIDATION
 
+MOVING_DIGITS = "moving_digits"
+"""What ``data.raw_uri`` calls this domain."""
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {"left": -1, "right": 1}
 """Name of each starting direction and its step along x."""
@@ -30,6 +32,8 @@ LEVELS = ("one", "two")
 """How many digits a clip shows."""
 TOLD_SHARE = 0.25
 """How often the prompt of a clip of two digits says how one of them moves."""
+EDITION = 2
+"""Counted up when a seed gives other clips or prompts than before: what was rendered earlier is then not used again."""
 
 FRAMES, HEIGHT, WIDTH = 17, 16, 32
 """The clips that the shipped weights were trained on."""

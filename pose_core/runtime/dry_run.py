@@ -12,13 +12,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from pose_core.data.moving_digits import MOVING_DIGITS
 from pose_core.models.folders import find_folder
 from pose_core.models.video_model import ClipShapes, Shape
 from pose_core.runtime import cluster, manifests
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.object_store import find_weed
 from pose_core.runtime.preflight import check_models
-from pose_core.runtime.preparing import MOVING_DIGITS, find_raw
+from pose_core.runtime.preparing import find_raw
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
 from pose_core.runtime.storage import Store
 from pose_core.runtime.teachers import BUCKET

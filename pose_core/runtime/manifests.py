@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pose_core.data.moving_digits import EDITION, MOVING_DIGITS
 from pose_core.errors import ConfigError
 from pose_core.runtime.cli import project_version
 from pose_core.runtime.storage import Store
@@ -118,7 +119,8 @@ def run_prefix(settings: Settings) -> str:
 def fingerprint(stage: Stage, settings: Settings) -> str:
     """SHA-256 (hex) over the settings that decide the stage's result and, through its inputs', theirs.
 
-    The code's version is not part of it: a run goes on after an update of the code.
+    The code's version is not part of it: a run goes on after an update of the code. The edition of the embedded domain
+    is, where its clips are asked for.
     """
     sections = set(stage.settings)
     if "method" in sections and settings.method.name != "pose":
@@ -128,6 +130,8 @@ def fingerprint(stage: Stage, settings: Settings) -> str:
     for section, keys in _HOW_NOT_WHAT.items():
         for key in keys & values.get(section, {}).keys():
             del values[section][key]
+    if values.get("data", {}).get("raw_uri") == MOVING_DIGITS:
+        values["data"]["raw_uri"] = f"{MOVING_DIGITS}-{EDITION}"
     inputs = {name: fingerprint(STAGES[name], settings) for name in stage.inputs}
     document = {"stage": stage.name, "settings": values, "inputs": inputs}
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

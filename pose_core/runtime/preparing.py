@@ -16,6 +16,7 @@ from typing import Any
 from pose_core.data.buckets import Bucket, plan_buckets
 from pose_core.data.captions import HELDOUT, TRAIN
 from pose_core.data.clip_list import Clip, judge, split_of
+from pose_core.data.moving_digits import EDITION, MOVING_DIGITS
 from pose_core.data.shards import digits_tar
 from pose_core.data.sources import claim
 from pose_core.data.sources.source import Unit
@@ -33,7 +34,6 @@ from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.runtime.storage import Store
 from pose_core.settings import Settings
 
-MOVING_DIGITS = "moving_digits"
 QUARANTINE = "quarantine.jsonl"
 SHARDS, CHECKSUMS = "shards.json", "checksums.json"
 LAYOUTS = "WebDataset tars, videos with a table of captions, or Parquet with the videos' bytes"
@@ -82,7 +82,7 @@ def raw_videos(run: StageRun) -> RawVideos:
 def _digits_folder(settings: Settings) -> str:
     data = settings.data
     size = f"{data.frames}x{data.height}x{data.width}-{data.frames_per_second:g}fps"
-    return f"raw/moving_digits-{data.digits_level}-{size}-seed{settings.run.seed}"
+    return f"raw/moving_digits-{EDITION}-{data.digits_level}-{size}-seed{settings.run.seed}"
 
 
 def _upload_digits(run: StageRun) -> RawVideos:

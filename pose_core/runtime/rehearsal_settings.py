@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pose_core.data.moving_digits import MOVING_DIGITS
 from pose_core.models.small_folders import Size
-from pose_core.runtime.preparing import MOVING_DIGITS
 from pose_core.runtime.session import EMBEDDED
 from pose_core.settings import CurationSettings, Settings, TrainingSettings
 
