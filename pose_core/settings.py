@@ -199,8 +199,8 @@ class PrimingSettings(RenoisedSection):
     """Fake-score updates a generator update."""
     input_time_min: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Lower end of the low-SNR window of generator input times; the upper end is 1. The paper's is 0.9. On the digits,
-    image to video (validation clips, 200 updates, one seed), 1 gives a mean of 91.0 in one step and 91.1 in four, 0.9
-    gives 90.6 and 89.9."""
+    image to video with every motion told (validation clips, 200 updates, one seed), 1 gives a mean of 91.0 in one step
+    and 91.1 in four, 0.9 gives 90.6 and 89.9."""
     input_time_start: Annotated[float, Field(gt=0, le=1)] | None = None
     """Where that lower end starts, to move up from high to low SNR over the phase; empty: the window is fixed."""
     guidance: Annotated[float, Field(ge=0)] = 2.0
@@ -228,7 +228,8 @@ class EquilibriumSettings(RenoisedSection):
     semantic_queries: PositiveInt = 4
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale of the frozen teacher in conditional SDS. 1, without guidance, saves an evaluation
-    and a tenth of a run's time; on the digits it measured the same as 2 (mean 90.7 and 90.6, one seed)."""
+    and a tenth of a run's time; on the digits, every motion told, it measured the same as 2 (mean 90.7 and 90.6, one
+    seed)."""
     adversarial_weight: Annotated[float, Field(ge=0)] = 1.0
     conditional_sds_weight: Annotated[float, Field(ge=0)] = 10.0
     r1_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -245,8 +246,8 @@ class RivalsSettings(RenoisedSection):
     """Of the generator in consistency distillation and in DMD2."""
     adversarial_learning_rate: LearningRate = 1e-5
     """Of the generator where a discriminator alone leads it: LADD, and APT behind its first phase. Measured on the
-    digits, image to video (mean, one seed): LADD 37 at 5e-4, 41 at 1e-4, 60 at 3e-5, 83 at 1e-5; APT 75 at 1e-4, 85 at
-    3e-5."""
+    digits, image to video, every motion told (mean, one seed): LADD 37 at 5e-4, 41 at 1e-4, 60 at 3e-5, 83 at 1e-5; APT
+    75 at 1e-4, 85 at 3e-5."""
     discriminator_learning_rate: LearningRate = 1e-4
     """Of APT's discriminator, a full copy of the network."""
     consistency_intervals: PositiveInt = 25
