@@ -7,10 +7,17 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import psutil
 
+from pose_core.runtime.local_ray import LocalRay
+from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.storage import Store
+
+MARK = "STARTED_BY_TEST_IN"
+Settings = tuple[str, ...]
+"""As typed on the command line."""
 
 
 @dataclass
@@ -22,7 +29,18 @@ class Ground:
     store: Store
     script: Callable[..., list[str]]
     steps: int
-    settings: tuple[str, ...]
+    settings: Settings
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls, folder: Path, environment: dict[str, str], script: Callable[..., list[str]], steps: int, settings: Settings
+    ) -> Iterator[Self]:
+        """Inside, the store and the Ray are there, their processes marked; both end with the block."""
+        marked = {MARK: str(folder)}
+        with EmbeddedStore(folder / "store") as store, LocalRay(folder / "ray", store.environment | marked) as cluster:
+            own = environment | store.environment | cluster.environment | marked
+            yield cls(folder, own, Store.open(store.uri), script, steps, settings)
 
     def run(self, name: str, stage: str, *settings: str) -> Attempt:
         """Start a stage of the run ``name``."""
@@ -48,7 +66,7 @@ class Ground:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                ours = process.environ().get("STARTED_BY_TEST_IN", "").startswith(str(self.folder))
+                ours = process.environ().get(MARK, "").startswith(str(self.folder))
                 if ours and "ray::RayTrainWorker" in "".join(process.cmdline()[:1]):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())

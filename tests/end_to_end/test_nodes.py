@@ -16,10 +16,6 @@ import pytest
 from ray._private.utils import get_num_cpus
 from stage_runs import Ground
 
-from pose_core.runtime.local_ray import LocalRay
-from pose_core.runtime.object_store import EmbeddedStore
-from pose_core.runtime.storage import Store
-
 pytestmark = pytest.mark.integration
 
 PHASE = "stability_priming"
@@ -75,10 +71,7 @@ def ground(
 ) -> Iterator[Ground]:
     """Prepared data in a store, and the head of a Ray."""
     folder = tmp_path_factory.mktemp("nodes")
-    marked = {"STARTED_BY_TEST_IN": str(folder)}
-    with EmbeddedStore(folder / "store") as store, LocalRay(folder / "ray", store.environment | marked) as cluster:
-        own = environment | store.environment | cluster.environment | marked
-        ground = Ground(folder, own, Store.open(store.uri), script, STEPS, SETTINGS)
+    with Ground.opened(folder, environment, script, STEPS, SETTINGS) as ground:
         ground.run("undisturbed", "prepare_data").end()
         yield ground
 

@@ -15,10 +15,6 @@ import psutil
 import pytest
 from stage_runs import Ground
 
-from pose_core.runtime.local_ray import LocalRay
-from pose_core.runtime.object_store import EmbeddedStore
-from pose_core.runtime.storage import Store
-
 pytestmark = pytest.mark.integration
 
 STEPS, CHECKPOINT_EVERY, WORKERS = 30, 4, 2
@@ -46,10 +42,7 @@ def ground(
 ) -> Iterator[Ground]:
     """An undisturbed run of both phases, on a store and a Ray that stay."""
     folder = tmp_path_factory.mktemp("recovery")
-    marked = {"STARTED_BY_TEST_IN": str(folder)}
-    with EmbeddedStore(folder / "store") as store, LocalRay(folder / "ray", store.environment | marked) as cluster:
-        own = environment | store.environment | cluster.environment | marked
-        ground = Ground(folder, own, Store.open(store.uri), script, STEPS, SETTINGS)
+    with Ground.opened(folder, environment, script, STEPS, SETTINGS) as ground:
         for stage in ("prepare_data", *PHASES):
             ground.run("undisturbed", stage).end()
         yield ground
