@@ -131,11 +131,12 @@ def evaluate_generators(run: StageRun) -> None:
     figures = {name: score(made) for name, made in videos.items()}
     summary = summarise(figures, {"name": settings.run.name, "seed": settings.run.seed, "clips": count})
     rate = settings.data.frames_per_second
-    starts = list(real[:MOTION_CLIPS, 0]) if settings.model.task == "i2v" else [None] * MOTION_CLIPS
-    summary["motion"] = {
-        way: motion.summarise(motion.measure(video, rate, start) for video, start in zip(made, starts, strict=False))
-        for way, made in videos.items()
-    }
+    summary["motion"] = {}
+    for done, (way, made) in enumerate(videos.items(), start=1):
+        starts = [None] * len(made) if first_frames is None else first_frames
+        clips = list(zip(made, starts, strict=True))[:MOTION_CLIPS]
+        summary["motion"][way] = motion.summarise(motion.measure(video, rate, start) for video, start in clips)
+        run.display.update("measuring motion", done, len(videos))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         write_report(report, summary, videos, generated["prompt"], settings.evaluation.sheet_clips, rate)
