@@ -48,8 +48,8 @@ from pose_core.data.shards import parquet_bytes, to_table, write_tar
 from pose_core.data.sources import SOURCES, claim
 from pose_core.errors import PoseError
 from pose_core.runtime.batches import Batches
+from pose_core.runtime.clip_encoder import clip_encoder
 from pose_core.runtime.datasets import TRAINED_ON
-from pose_core.runtime.feeding import clip_encoder
 from pose_core.runtime.local_ray import LocalRay
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.prepared_chunks import READERS, PreparedChunks

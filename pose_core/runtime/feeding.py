@@ -5,27 +5,24 @@ Light to import: Ray Train's own processes carry it too, and need neither torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.collective
 
 from pose_core.data.order import Order, Place, Position
 from pose_core.errors import DataError
 from pose_core.runtime.batches import Batches, Chunks
-from pose_core.runtime.clip_encoder import ClipEncoder
+from pose_core.runtime.clip_encoder import clip_encoder
 from pose_core.runtime.datasets import TRAINED_ON, Prepared
 from pose_core.runtime.prepared_chunks import PreparedChunks
 from pose_core.runtime.raw_chunks import RawChunks, RawPlan, start_feed
 from pose_core.runtime.raw_clips import RawClips
 from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.settings import Settings
-
-Columns = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,18 +85,3 @@ class TrainingData:
         worker = ray.train.get_context()
         feed = start_feed(plan, position, worker.get_world_size()) if worker.get_world_rank() == 0 else None
         return ray.train.collective.broadcast_from_rank_zero(feed)
-
-
-def clip_encoder(settings: Settings) -> Callable[[Columns], Columns]:
-    """Load the frozen encoders, in the process that encodes."""
-    encoder, most = ClipEncoder(settings.model, settings.data.text_tokens), settings.data.encoder_batch_clips
-
-    def encode(columns: Columns) -> Columns:
-        parts = []
-        for start in range(0, len(columns["key"]), most):
-            part = slice(start, start + most)
-            parts.append(encoder(columns["prompt"][part], np.stack(columns["video"][part])))
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return {"key": columns["key"]} | joined
-
-    return encode
