@@ -306,11 +306,12 @@ def run(arguments: argparse.Namespace) -> None:
             figures.append(ratio("prepared_vs_pyarrow", rate, "ours", "pyarrow", 0.8))
         figures.append(memory_growth(store.uri))
         with ExitStack() as sides:
-            bare, loader = pyav(store.uri, sides), with_webdataset(store.uri, sides)
             sides.enter_context(LocalRay(folder / "ray", KEEP_WORKERS))
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
             sides.callback(ray.shutdown)
             figures += first_batches(files)
+            # Not before: their processes read ahead from the moment they start.
+            bare, loader = pyav(store.uri, sides), with_webdataset(store.uri, sides)
             rate = rates(
                 {"ours": raw(files, sides), "pyav": bare, "webdataset": loader},
                 WARM_CLIPS,
