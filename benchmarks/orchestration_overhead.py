@@ -1,21 +1,23 @@
 """What Ray Train, data, tracking and checkpoints cost a training step, and how soon a killed worker is made good.
 
-Three sides train the demo's first phase on two ranks each, and take turns on the same machine, all others
-stopped by SIGSTOP meanwhile:
+Two sides train the demo's first phase on two ranks each, and take turns on the same machine, the other one stopped by
+SIGSTOP meanwhile:
 
     bare         two processes in a plain loop over batches in memory; Ray and the store are stopped, too
-    whole        Ray Train with data, MLflow and an asynchronous checkpoint to object storage every 50 steps
-    plain        the same without the checkpoints
+    whole        Ray Train with data, MLflow and an asynchronous checkpoint to object storage every 100 steps
 
-A turn counts as the time of 50 steps in a row, so that exactly one checkpoint begins in it. ``step_ratio`` is a turn of
-``whole`` over the mean of the bare ones before and behind it, ``checkpoint_overhead`` over those without checkpoints;
-of both the median. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
+A turn of ``bare`` counts as the time of 50 steps in a row; one of ``whole`` as that of 50 steps in which a checkpoint
+is made, and of 50 beside them in which none is. ``step_ratio`` is ``whole``'s steps with a checkpoint over the mean of
+the bare turns before and behind it, ``checkpoint_overhead`` over its own steps without: both the median. Two processes
+that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few turns.
+``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -50,9 +52,12 @@ from pose_core.training.state import Batch
 
 PROJECT = Path(__file__).resolve().parents[1]
 MARK = "STARTED_BY_BENCHMARK_IN"
-COUNTED_STEPS, CHECKPOINT_STEPS, RANKS = 50, 50, 2
+COUNTED_STEPS, CHECKPOINT_STEPS, RANKS = 50, 100, 2
+ROUNDS_A_START = 2
 LOG_STEPS = 2
 """As the demo: the time of every second step is known, from MLflow."""
+CHECKPOINT_WITHIN = range(4, 31)
+"""Steps that pass before a checkpoint begins, of the ``COUNTED_STEPS`` that hold it."""
 STAGE, ENDLESS = "stability_priming", 1_000_000
 SETTINGS = [
     *(f"priming.steps={ENDLESS}", f"training.sample_every_steps={ENDLESS}", "training.sample_clips=1"),
@@ -71,7 +76,9 @@ class Side:
     folder: Path
     process: subprocess.Popen[Any]
     turns: list[float] = field(default_factory=list)
-    """Seconds that ``COUNTED_STEPS`` took, in each turn."""
+    """Seconds that ``COUNTED_STEPS`` took in each turn, with a checkpoint where there are any."""
+    without: list[float] = field(default_factory=list)
+    """The same without one."""
 
     def steps(self) -> Times:
         """All that it has finished so far."""
@@ -80,12 +87,25 @@ class Side:
             return {number: float(line) for number, line in enumerate(file.read_text().splitlines(), start=1)}
         return mlflow_steps(self.folder)
 
-    def seconds(self, since: float) -> float:
-        """What ``COUNTED_STEPS`` have taken from ``since`` on; 0 as long as there were not so many."""
+    def seconds(self, since: float) -> list[float]:
+        """What ``COUNTED_STEPS`` have taken from ``since`` on; as long as there were not so many, nothing.
+
+        With checkpoints: as many steps with one, then as many without.
+        """
         times = {step: at for step, at in self.steps().items() if at > since}
         # The first two points may be of steps that were under way when it was stopped.
-        first = min(sorted(times)[2:], default=0)
-        return times[first + COUNTED_STEPS] - times[first] if first and first + COUNTED_STEPS in times else 0.0
+        for first in sorted(times)[2:]:
+            ends = [first, first + COUNTED_STEPS, first + 2 * COUNTED_STEPS][: 2 if self.name == "bare" else 3]
+            if ends[-1] not in times:
+                return []
+            parts = [times[end] - times[start] for start, end in itertools.pairwise(ends)]
+            if self.name == "bare":
+                return parts
+            # The checkpoint begins and ends well within one part.
+            ahead = -first % CHECKPOINT_STEPS
+            if ahead % COUNTED_STEPS in CHECKPOINT_WITHIN:
+                return parts if ahead < COUNTED_STEPS else parts[::-1]
+        return []
 
 
 def mlflow_steps(folder: Path) -> Times:
@@ -228,45 +248,56 @@ def take_turn(side: Side, server: psutil.Process) -> None:
         send([server], signal.SIGCONT)
     send(marked(side.folder), signal.SIGCONT)
     since = time.time()
-    wait_for(f"{COUNTED_STEPS} steps", side, lambda: side.seconds(since) > 0)
-    side.turns.append(side.seconds(since))
+    wait_for(f"{COUNTED_STEPS} steps", side, lambda: bool(side.seconds(since)))
+    took, *without = side.seconds(since)
+    side.turns.append(took)
+    side.without += without
     send(marked(side.folder), signal.SIGSTOP)
     send([server], signal.SIGSTOP)
 
 
 def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -> list[Figure]:
     """Both ratios, of ``rounds`` turns of each side."""
-    every = "training.checkpoint_every_steps="
-    starts: dict[str, Callable[[], Side]] = {
-        "bare": lambda: start_bare(folder / "bare", store),
-        "whole": lambda: start_phase("whole", folder / "whole", store, f"{every}{CHECKPOINT_STEPS}"),
-        "plain": lambda: start_phase("plain", folder / "plain", store, f"{every}{ENDLESS}"),
-    }
-    sides: dict[str, Side] = {}
-    try:
-        for name, begin in starts.items():
-            sides[name] = side = begin()
-            wait_for("its first steps", side, partial(reached, side, 2 * LOG_STEPS))
-            send(marked(side.folder), signal.SIGSTOP)
-        for _ in range(rounds):
-            for side in sides.values():
-                take_turn(side, server)
-        take_turn(sides["bare"], server)
-        seconds = {name: side.turns for name, side in sides.items()}
-    finally:
-        send([server], signal.SIGCONT)
-        for side in sides.values():
-            end(side)
-    print({name: [round(each, 2) for each in found] for name, found in seconds.items()}, file=sys.stderr)
-    whole, bare, plain = seconds["whole"], seconds["bare"], seconds["plain"]
-    ratios = [mine * 2 / (bare[at] + bare[at + 1]) for at, mine in enumerate(whole)]
-    # Around a whole turn lie the one without checkpoints of the round before and that of its own round.
-    costs = [mine * 2 / (plain[max(at - 1, 0)] + plain[at]) - 1 for at, mine in enumerate(whole)]
+    ratios: list[float] = []
+    costs: list[float] = []
+    bare: list[float] = []
+    for start_number in range(-(-rounds // ROUNDS_A_START)):
+        own = folder / f"start-{start_number}"
+        own.mkdir()
+        sides = take_turns(own, store, server, min(ROUNDS_A_START, rounds - len(ratios)), f"whole-{start_number}")
+        bare += sides["bare"].turns
+        around = [(before + behind) / 2 for before, behind in itertools.pairwise(sides["bare"].turns)]
+        ratios += [mine / theirs for mine, theirs in zip(sides["whole"].turns, around, strict=True)]
+        costs += [own / rest - 1 for own, rest in zip(sides["whole"].turns, sides["whole"].without, strict=True)]
+    print({"step_ratio": ratios, "checkpoint_overhead": costs, "bare": bare}, file=sys.stderr)
     return [
         Figure("step_ratio", statistics.median(ratios), "x", 1.03, rounds),
         Figure("checkpoint_overhead", statistics.median(costs), "x", 0.02, rounds),
         Figure("bare_step_seconds", statistics.median(bare) / COUNTED_STEPS, "s", None, len(bare)),
     ]
+
+
+def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int, name: str) -> dict[str, Side]:
+    """Start both sides and let them take turns: bare, whole, bare and so on."""
+    sides: dict[str, Side] = {}
+    try:
+        for begin in (
+            partial(start_bare, folder / "bare", store),
+            partial(start_phase, name, folder / "whole", store, f"training.checkpoint_every_steps={CHECKPOINT_STEPS}"),
+        ):
+            side = begin()
+            sides["bare" if side.name == "bare" else "whole"] = side
+            wait_for("its first steps", side, partial(reached, side, 2 * LOG_STEPS))
+            send(marked(side.folder), signal.SIGSTOP)
+        for _ in range(rounds):
+            take_turn(sides["bare"], server)
+            take_turn(sides["whole"], server)
+        take_turn(sides["bare"], server)
+    finally:
+        send([server], signal.SIGCONT)
+        for side in sides.values():
+            end(side)
+    return sides
 
 
 def recovery(folder: Path, store: Store, kills: int, rng: random.Random) -> Figure:
