@@ -250,6 +250,8 @@ class RivalsSettings(RenoisedSection):
     75 at 1e-4, 85 at 3e-5."""
     discriminator_learning_rate: LearningRate = 1e-4
     """Of APT's discriminator, a full copy of the network."""
+    consistency_share: Fraction = 0.75
+    """Share of APT's updates in a comparison that are consistency distillation; the others are adversarial."""
     consistency_intervals: PositiveInt = 25
     """Intervals that consistency distillation cuts the teacher's way into."""
     guidance: Annotated[float, Field(ge=0)] = 2.0

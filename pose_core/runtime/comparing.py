@@ -31,7 +31,7 @@ from pose_core.runtime.session import STATE_FOLDER, open_session
 from pose_core.runtime.stage import stage_run
 from pose_core.runtime.tracking import Tracker, start_child, start_parent, tracking_uri
 from pose_core.settings import Settings
-from pose_core.training.local import share_seconds
+from pose_core.training.local import share_seconds, steps_by_phase
 
 REFERENCES = (REAL, TEACHER)
 I2V_ONLY = "pose_no_consistency"
@@ -63,6 +63,7 @@ def method_settings(settings: Settings, method: str, seed: int) -> Settings:
     Every row gets as many generator updates as POSE does in both phases. Rivals with one phase do them all in it.
     """
     total = settings.priming.steps + settings.equilibrium.steps
+    distilled = round(total * settings.rivals.consistency_share)
     only_first = [f"priming.steps={total}", "equilibrium.steps=0"]
     only_second = ["priming.steps=0", f"equilibrium.steps={total}"]
     changes = {
@@ -73,7 +74,7 @@ def method_settings(settings: Settings, method: str, seed: int) -> Settings:
         "dmd2": ["method.name=dmd2", *only_first],
         "lcm": ["method.name=lcm", *only_first],
         "ladd": ["method.name=ladd", *only_second],
-        "apt": ["method.name=apt"],
+        "apt": ["method.name=apt", f"priming.steps={distilled}", f"equilibrium.steps={total - distilled}"],
     }
     return config.load(config.dump(settings), [f"run.seed={seed}", *changes.get(method, [])])
 
@@ -163,7 +164,8 @@ class Comparison:
                 if table == "updates" or method in (*REFERENCES, POSE):
                     yield method, seed, self._job(method, "updates", seed)
                 elif spent := self._pose_seconds(seed):
-                    shares = share_seconds(method_settings(self.settings, method, seed), spent)
+                    row = method_settings(self.settings, method, seed)
+                    shares = share_seconds(row, spent, steps_by_phase(self.settings))
                     yield method, seed, self._job(method, "time", seed, shares)
 
     def _pose_seconds(self, seed: int) -> dict[str, float] | None:

@@ -44,13 +44,17 @@ def steps_by_phase(settings: Settings) -> dict[str, int]:
     return {phase: count for phase, count in steps.items() if count}
 
 
-def share_seconds(settings: Settings, spent: Mapping[str, float]) -> dict[str, float]:
-    """CPU seconds that each phase may use of what another method ``spent`` by phase.
+def share_seconds(settings: Settings, spent: Mapping[str, float], steps: Mapping[str, int]) -> dict[str, float]:
+    """CPU seconds that each phase may use, as many in all as another method ``spent`` on its ``steps``, by phase.
 
-    A method with one phase gets them all, one with both gets for each what the other spent on it.
+    A method with one phase gets them all. One with both gets for each what its own steps would have cost the other, as
+    a share of the whole.
     """
-    phases = list(steps_by_phase(settings))
-    return {phases[0]: sum(spent.values())} if len(phases) == 1 else {phase: spent[phase] for phase in phases}
+    own = steps_by_phase(settings)
+    if len(own) == 1:
+        return dict.fromkeys(own, sum(spent.values()))
+    costs = {phase: number * spent[phase] / steps[phase] for phase, number in own.items()}
+    return {phase: sum(spent.values()) * cost / sum(costs.values()) for phase, cost in costs.items()}
 
 
 def train_method(

@@ -63,11 +63,18 @@ def test_cpu_seconds_in_place_of_steps_end_a_phase_after_the_step_that_passes_th
 
 @pytest.mark.parametrize(
     ("steps", "shares"),
-    [((3, 2), {"priming": 6.0, "equilibrium": 4.0}), ((5, 0), {"priming": 10.0}), ((0, 5), {"equilibrium": 10.0})],
+    [
+        ((3, 2), {"priming": 6.0, "equilibrium": 4.0}),
+        ((1, 4), {"priming": 2.0, "equilibrium": 8.0}),  # a step costs 2 s in either phase
+        ((5, 0), {"priming": 10.0}),
+        ((0, 5), {"equilibrium": 10.0}),
+    ],
 )
 def test_a_method_gets_the_seconds_of_the_phases_it_has(steps: tuple[int, int], shares: dict[str, float]) -> None:
     settings = config.load("", [f"priming.steps={steps[0]}", f"equilibrium.steps={steps[1]}"])
-    assert local.share_seconds(settings, {"priming": 6.0, "equilibrium": 4.0}) == shares
+    assert (
+        local.share_seconds(settings, {"priming": 6.0, "equilibrium": 4.0}, {"priming": 3, "equilibrium": 2}) == shares
+    )
 
 
 def test_every_epoch_has_every_clip_once_in_an_order_of_its_own_that_the_seed_decides() -> None:
