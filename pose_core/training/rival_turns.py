@@ -77,7 +77,7 @@ def apt_turns(settings: Settings) -> list[Turn]:
 
         return Losses(equilibrium.through_sample(loss, x0_hat), {})
 
-    updates = {"discriminator": rivals.discriminator_learning_rate, "heads": heads.heads_learning_rate}
+    updates = {"discriminator": rivals.discriminator_learning_rate, "heads": rivals.heads_learning_rate}
     return [
         Turn("discriminator", updates, discriminator),
         Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator),
@@ -94,7 +94,7 @@ def ladd_turns(settings: Settings) -> list[Turn]:
         judge = judge_of(networks.teacher, networks, batch.condition, phase.feature_blocks)
         return Losses(equilibrium.generator_adversarial(judge, x0_hat, draws.normal(x0_hat), t), {})
 
-    heads = {"heads": phase.heads_learning_rate}
+    heads = {"heads": rivals.heads_learning_rate}
     return [
         Turn("discriminator", heads, discriminator_turn(phase, rivals, "frozen")),
         Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator),
@@ -128,7 +128,7 @@ def dmd2_turns(settings: Settings) -> list[Turn]:
         parts = {"matching": matching, "adversarial": adversarial}
         return Losses(matching + rivals.gan_weight * adversarial, parts)
 
-    updates = {"fake_score": phase.fake_learning_rate, "heads": settings.equilibrium.heads_learning_rate}
+    updates = {"fake_score": phase.fake_learning_rate, "heads": rivals.heads_learning_rate}
     return [
         Turn("fake", updates, fake, phase.fake_updates),
         Turn("generator", {"generator": rivals.learning_rate}, generator),
