@@ -198,9 +198,8 @@ class PrimingSettings(RenoisedSection):
     fake_updates: PositiveInt = 1
     """Fake-score updates a generator update."""
     input_time_min: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Lower end of the low-SNR window of generator input times; the upper end is 1. 0.9 is the paper's; 1 was
-    no better on the digits, image to video (mean in one step 87.2 on validation clips with 0.9, 86.9 on test clips with
-    1; 200 updates, one seed each)."""
+    """Lower end of the low-SNR window of generator input times; the upper end is 1. 0.9 is the paper's; 1 measured the
+    same on the digits within what a seed moves (``docs/tuning.md``)."""
     input_time_start: Annotated[float, Field(gt=0, le=1)] | None = None
     """Where that lower end starts, to move up from high to low SNR over the phase; empty: the window is fixed."""
     guidance: Annotated[float, Field(ge=0)] = 2.0
@@ -215,12 +214,14 @@ class EquilibriumSettings(RenoisedSection):
 
     steps: NonNegativeInt = 60
     learning_rate: LearningRate = 1e-4
+    """Image to video gains from 3e-4 on the digits, where conditional SDS keeps it stable (mean 85.9 to 88.4)."""
     heads_learning_rate: LearningRate = 1e-3
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     feature_blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3)
     """Backbone blocks whose output the heads judge."""
     backbone: Literal["current", "average", "frozen"] = "average"
-    """Whose features the heads judge: the generator's of now, its running average's, or the frozen teacher's."""
+    """Whose features the heads judge: the generator's of now, its running average's (mean 84.6 and 85.0 on the digits,
+    one seed), or the frozen teacher's."""
     head_width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
     """Channels of a head; its attention has four heads."""
     semantic_head: bool = True
@@ -232,6 +233,8 @@ class EquilibriumSettings(RenoisedSection):
     seed)."""
     adversarial_weight: Annotated[float, Field(ge=0)] = 1.0
     conditional_sds_weight: Annotated[float, Field(ge=0)] = 10.0
+    """The paper's. A larger one sharpens and slows: mean 87.5, 88.5, 89.5 and motion 1.02, 0.87, 0.75 with 10, 15 and
+    30 on the digits (``docs/tuning.md``, one seed)."""
     r1_weight: Annotated[float, Field(ge=0)] = 1.0
     r1_sigma_space: Annotated[float, Field(gt=0)] = 0.01
     r1_sigma_time: Annotated[float, Field(gt=0)] = 0.1
