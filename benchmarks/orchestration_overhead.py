@@ -261,14 +261,14 @@ def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -
     ratios: list[float] = []
     costs: list[float] = []
     bare: list[float] = []
-    for start_number in range(-(-rounds // ROUNDS_A_START)):
-        own = folder / f"start-{start_number}"
+    while len(ratios) < rounds:
+        own = folder / f"from-round-{len(ratios)}"
         own.mkdir()
-        sides = take_turns(own, store, server, min(ROUNDS_A_START, rounds - len(ratios)), f"whole-{start_number}")
-        bare += sides["bare"].turns
-        around = [(before + behind) / 2 for before, behind in itertools.pairwise(sides["bare"].turns)]
-        ratios += [mine / theirs for mine, theirs in zip(sides["whole"].turns, around, strict=True)]
-        costs += [own / rest - 1 for own, rest in zip(sides["whole"].turns, sides["whole"].without, strict=True)]
+        plain, whole = take_turns(own, store, server, min(ROUNDS_A_START, rounds - len(ratios)))
+        bare += plain.turns
+        around = [(before + behind) / 2 for before, behind in itertools.pairwise(plain.turns)]
+        ratios += [mine / theirs for mine, theirs in zip(whole.turns, around, strict=True)]
+        costs += [mine / rest - 1 for mine, rest in zip(whole.turns, whole.without, strict=True)]
     print({"step_ratio": ratios, "checkpoint_overhead": costs, "bare": bare}, file=sys.stderr)
     return [
         Figure("step_ratio", statistics.median(ratios), "x", 1.03, rounds),
@@ -277,27 +277,28 @@ def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -
     ]
 
 
-def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int, name: str) -> dict[str, Side]:
+def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int) -> tuple[Side, Side]:
     """Start both sides and let them take turns: bare, whole, bare and so on."""
-    sides: dict[str, Side] = {}
+    checkpoints = f"training.checkpoint_every_steps={CHECKPOINT_STEPS}"
+    sides: list[Side] = []
     try:
         for begin in (
             partial(start_bare, folder / "bare", store),
-            partial(start_phase, name, folder / "whole", store, f"training.checkpoint_every_steps={CHECKPOINT_STEPS}"),
+            partial(start_phase, f"whole-{folder.name}", folder / "whole", store, checkpoints),
         ):
-            side = begin()
-            sides["bare" if side.name == "bare" else "whole"] = side
+            sides.append(side := begin())
             wait_for("its first steps", side, partial(reached, side, 2 * LOG_STEPS))
             send(marked(side.folder), signal.SIGSTOP)
+        bare, whole = sides
         for _ in range(rounds):
-            take_turn(sides["bare"], server)
-            take_turn(sides["whole"], server)
-        take_turn(sides["bare"], server)
+            take_turn(bare, server)
+            take_turn(whole, server)
+        take_turn(bare, server)
     finally:
         send([server], signal.SIGCONT)
-        for side in sides.values():
+        for side in sides:
             end(side)
-    return sides
+    return bare, whole
 
 
 def recovery(folder: Path, store: Store, kills: int, rng: random.Random) -> Figure:

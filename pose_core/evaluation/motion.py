@@ -169,7 +169,7 @@ def _covariance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mean(picture: Tensor) -> Tensor:
-    """Mean of the window around each pixel, of what of it lies inside; ``avg_pool2d`` takes ten times as long."""
+    """Mean of the window around each pixel, of what of it lies inside; ``avg_pool2d`` takes several times as long."""
     sums, counts = picture, torch.ones_like(picture[:1, :1])
     for dim in (2, 3):
         sums, counts = _window_sum(sums, dim), _window_sum(counts, dim)

@@ -50,11 +50,14 @@ def share_seconds(settings: Settings, spent: Mapping[str, float], steps: Mapping
     A method with one phase gets them all. One with both gets for each what its own steps would have cost the other, as
     a share of the whole.
     """
-    own = steps_by_phase(settings)
-    if len(own) == 1:
-        return dict.fromkeys(own, sum(spent.values()))
-    costs = {phase: number * spent[phase] / steps[phase] for phase, number in own.items()}
-    return {phase: sum(spent.values()) * cost / sum(costs.values()) for phase, cost in costs.items()}
+    whole = sum(spent.values())
+    # What a step costs in a phase that the other has not: as much as its steps do on average.
+    average = whole / sum(steps.values())
+    costs = {
+        phase: number * (spent[phase] / steps[phase] if phase in steps else average)
+        for phase, number in steps_by_phase(settings).items()
+    }
+    return {phase: whole * cost / sum(costs.values()) for phase, cost in costs.items()}
 
 
 def train_method(

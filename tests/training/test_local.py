@@ -72,9 +72,14 @@ def test_cpu_seconds_in_place_of_steps_end_a_phase_after_the_step_that_passes_th
 )
 def test_a_method_gets_the_seconds_of_the_phases_it_has(steps: tuple[int, int], shares: dict[str, float]) -> None:
     settings = config.load("", [f"priming.steps={steps[0]}", f"equilibrium.steps={steps[1]}"])
-    assert (
-        local.share_seconds(settings, {"priming": 6.0, "equilibrium": 4.0}, {"priming": 3, "equilibrium": 2}) == shares
-    )
+    spent, of_other = {"priming": 6.0, "equilibrium": 4.0}, {"priming": 3, "equilibrium": 2}
+    assert local.share_seconds(settings, spent, of_other) == pytest.approx(shares)
+
+
+def test_a_method_with_both_phases_shares_out_the_seconds_of_one_that_has_one() -> None:
+    settings = config.load("", ["priming.steps=3", "equilibrium.steps=1"])
+    shares = local.share_seconds(settings, {"equilibrium": 8.0}, {"equilibrium": 4})
+    assert shares == pytest.approx({"priming": 6.0, "equilibrium": 2.0})
 
 
 def test_every_epoch_has_every_clip_once_in_an_order_of_its_own_that_the_seed_decides() -> None:
