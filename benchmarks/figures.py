@@ -31,7 +31,7 @@ class Figure:
 
     figure  its name
     value   in ``unit``; kept to four significant digits
-    unit    ``x`` for a ratio, ``s`` for seconds, ``B`` for bytes
+    unit    ``x`` for a ratio, ``s`` for seconds, ``B`` for bytes, ``1/s`` for a rate
     bar     the least that is good enough, of a cost the most; None where nothing is asked
     n       measurements the value is the median of
     """

@@ -3,6 +3,8 @@
 Three transformers, both phases, one and two FSDP ranks over gloo. Planned is what ``pose_core/training/simulation.py``
 finds on tensors without numbers. Measured are real networks with real numbers: torch's own CPU allocator reports every
 block that it hands out and takes back, inside of kernels too, and the peak is that of the second step, of rank 0.
+
+With ``--gpu CONFIG`` instead: both phases of that config, one rank, on the GPU at hand (see ``gpu_steps.py``).
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import gpu_steps
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from figures import Figure, record, show
+from figures import Figure, positive_int, record, show
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -50,9 +53,20 @@ SECOND_STEP = "second step"
 def main() -> None:
     arguments = parse_arguments()
     load_average = os.getloadavg()[0]
+    if arguments.gpu:
+        figures, conditions = gpu_steps.figures_of(arguments.gpu, arguments.overrides, arguments.steps, BAR)
+    else:
+        figures, conditions = on_cpu(arguments.sizes.split(","))
+    show(figures)
+    if arguments.record:
+        print(f"recorded in {record('plan_accuracy', figures, conditions, load_average)}", file=sys.stderr)
+
+
+def on_cpu(sizes: list[str]) -> tuple[list[Figure], dict[str, Any]]:
+    """The figures, and what was measured."""
     torch.set_num_threads(1)
     figures, errors = [], []
-    for size in arguments.sizes.split(","):
+    for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "wan"
             save_teacher(folder, *SIZES[size])
@@ -65,19 +79,19 @@ def main() -> None:
                     print(f"{size} {phase} {ranks}: planned {planned:,}, measured {measured:,}", file=sys.stderr)
                     figures.append(Figure(f"plan_ratio_{size}_{phase}_{ranks}", planned / measured, "x", None, 1))
     figures.append(Figure("plan_error", max(errors), "x", BAR, len(errors)))
-    show(figures)
-    if arguments.record:
-        conditions = {
-            "transformers": {size: f"{blocks} blocks, width {32 * heads}" for size, (heads, blocks) in SIZES.items()},
-            "settings": OPTIONS,
-            "plan_error": "largest of |planned / measured - 1|",
-        }
-        print(f"recorded in {record('plan_accuracy', figures, conditions, load_average)}", file=sys.stderr)
+    return figures, {
+        "transformers": {size: f"{blocks} blocks, width {32 * heads}" for size, (heads, blocks) in SIZES.items()},
+        "settings": OPTIONS,
+        "plan_error": "largest of |planned / measured - 1|",
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES), help="of small,medium,large (default: all)")
+    parser.add_argument("--gpu", metavar="CONFIG", help="on the GPU at hand, the model and clips of a config instead")
+    parser.add_argument("--steps", type=positive_int, default=2, help="with --gpu: timed steps a phase (default: 2)")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="with --gpu: settings to change")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/plan_accuracy.json")
     return parser.parse_args()
 

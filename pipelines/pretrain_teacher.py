@@ -2,7 +2,7 @@
 
     python pipelines/pretrain_teacher.py --task i2v --out pipelines/configs/teachers/digits_i2v
 
-takes about an hour and a half on one core, continues where it stopped, and writes a diffusers folder that the stock
+takes hours on one core and minutes on a GPU, continues where it stopped, and writes a diffusers folder that the stock
 Wan pipelines load. Both tasks share the VAE and the encoded clips in the folder ``--work``. Text to video is learnt
 sooner by a transformer that knows the domain: ``--task t2v --start-from pipelines/configs/teachers/digits_i2v``.
 """
@@ -38,12 +38,13 @@ def main() -> None:
     videos, texts = render_clips(arguments.clips, arguments.seed)
     if arguments.start_from is not None:
         small.copy_weights(arguments.start_from, pipeline)
+    pipeline.to(arguments.device)
     with bars() as progress:
         train_vae(pipeline, videos, arguments, progress)
         if arguments.only_vae:
             return
         train_teacher(pipeline, videos, texts, arguments, progress)
-    save(pipeline, arguments.out)
+    save(pipeline.to("cpu"), arguments.out)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(".pose/pretrain"), help="checkpoints and encoded clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--clips", type=int, default=16384, help="training clips")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
@@ -97,9 +99,7 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
 def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progress: Progress) -> None:
     """Train the transformer and, with it, the text encoder."""
     codec = WanCodec(pipeline, TEXT_TOKENS)
-    x_0, *of_image = encode_clips(codec, videos, arguments.work / "encoded.pt", progress)
-    if arguments.task == "t2v":
-        of_image = []
+    x_0, *of_image = (part.to(arguments.device) for part in encode_clips(codec, videos, arguments.work, progress))
     words = pipeline.tokenizer([*texts, ""], max_length=TEXT_TOKENS, padding="max_length", return_tensors="pt")
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     model = Wan(transformer, IMAGE_TOKENS if arguments.task == "i2v" else 0)
@@ -109,7 +109,8 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
     def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(x_0), (arguments.batch,), generator=generator)
         of_each = torch.cat([rows, torch.tensor([len(texts)])])
-        ids, mask = words.input_ids[of_each], words.attention_mask[of_each]
+        ids, mask = (part[of_each].to(arguments.device) for part in (words.input_ids, words.attention_mask))
+        rows = rows.to(arguments.device)
         text = text_encoder(ids, mask).last_hidden_state * mask[..., None]
         condition = Condition(text[:-1], *(part[rows] for part in of_image))
         return pretraining.teacher_loss(model, x_0[rows], condition, text[-1:], generator)
@@ -128,19 +129,31 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
     )
 
 
-def encode_clips(codec: WanCodec, videos: np.ndarray, cache: Path, progress: Progress) -> tuple[torch.Tensor, ...]:
-    """Latents, embeddings of the first frames and their latents with mask; kept in ``cache``."""
-    if not cache.is_file():
-        report = bar(progress, "encoding", len(videos))
-        parts: list[tuple[torch.Tensor, ...]] = []
-        for start in range(0, len(videos), 64):
-            batch = videos[start : start + 64]
-            condition = codec.encode_condition([""] * len(batch), batch[:, 0], videos.shape[1])
-            assert condition.image is not None and condition.first_frame is not None
-            parts.append((codec.encode_video(batch), condition.image, condition.first_frame))
-            report(min(start + 64, len(videos)), 0.0)
-        torch.save([torch.cat(part) for part in zip(*parts, strict=True)], cache)
-    return tuple(torch.load(cache, weights_only=True))
+def encode_clips(codec: WanCodec, videos: np.ndarray, work: Path, progress: Progress) -> list[torch.Tensor]:
+    """Latents and, for image to video, embeddings of the first frames and their latents with mask; kept in ``work``."""
+
+    def latents(batch: np.ndarray) -> list[torch.Tensor]:
+        return [codec.encode_video(batch)]
+
+    def images(batch: np.ndarray) -> list[torch.Tensor]:
+        condition = codec.encode_condition([""] * len(batch), batch[:, 0], videos.shape[1])
+        assert condition.image is not None and condition.first_frame is not None
+        return [condition.image, condition.first_frame]
+
+    wanted = {"latents": latents} | ({"images": images} if codec.has_image else {})
+    encoded = []
+    for name, encode in wanted.items():
+        cache = work / f"{name}.pt"
+        if not cache.is_file():
+            report = bar(progress, f"encoding {name}", len(videos))
+            parts = []
+            for start in range(0, len(videos), 64):
+                parts.append([part.cpu() for part in encode(videos[start : start + 64])])
+                report(min(start + 64, len(videos)), 0.0)
+            work.mkdir(parents=True, exist_ok=True)
+            torch.save([torch.cat(part) for part in zip(*parts, strict=True)], cache)
+        encoded += torch.load(cache, weights_only=True)
+    return encoded
 
 
 def save(pipeline, out: Path) -> None:

@@ -101,8 +101,8 @@ def build_mesh(settings: TrainingSettings, device: torch.device) -> Mesh:
 def shard_model(model: StockModel, settings: TrainingSettings, mesh: Mesh) -> None:
     """Shard a video model in place: every block on its own, the rest with the root; what is unread is read then.
 
-    Master weights and reductions stay float32. The root does not cast its inputs: in bfloat16 the time given to the
-    network would have four distinct values a hundred.
+    Master weights and reductions stay float32. Inputs are not cast: in bfloat16 the time given to the network would have
+    four distinct values a hundred, and the tables of rotary positions, which stock blocks take in float32, few more.
 
     Raises:
         CheckpointError: unread weights are missing, damaged or of another model (on every rank).
@@ -112,11 +112,11 @@ def shard_model(model: StockModel, settings: TrainingSettings, mesh: Mesh) -> No
         weights.check(module)
     if mesh.context is not None:
         model.share_tokens(mesh.context)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         if settings.compile_blocks:
             block.compile()
-        _shard(block, mesh, MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        _shard(block, mesh, policy)
     for root in model.roots:
         _shard(root, mesh, policy)
     for module, weights in model.unread:

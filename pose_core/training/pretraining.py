@@ -83,13 +83,13 @@ def teacher_loss(
     model: VideoModel, x_0: Tensor, condition: Condition, null_text: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Flow matching at uniform times; every tenth prompt is replaced by the empty one for guidance."""
-    dropped = torch.rand(len(x_0), generator=generator) < 0.1
+    dropped = torch.rand(len(x_0), generator=generator).to(x_0.device) < 0.1
     text = torch.where(dropped[:, None, None], null_text, condition.text)
     condition = condition.with_text(text)
-    eps = torch.randn(x_0.shape, generator=generator)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
     # Evenly spread over the batch: the loss depends so much on the time that independent times would be mostly noise.
     t = (torch.rand((), generator=generator) + torch.arange(len(x_0)) / len(x_0)) % 1
-    t = t[torch.randperm(len(t), generator=generator)]
+    t = t[torch.randperm(len(t), generator=generator)].to(x_0.device)
     return flow_matching(lambda x_t, time: model.velocity(x_t, time, condition), x_0, eps, t)
 
 
@@ -123,7 +123,7 @@ def _save(path: Path, step: int, module, optimizers, average, generator) -> None
 def _restore(path: Path, module, optimizers, average, generator) -> int:
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["module"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

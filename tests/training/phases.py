@@ -20,6 +20,7 @@ from pose_core.training.state import Batch, Networks
 from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Turn
 
+CPU = torch.device("cpu")
 GLOBAL_CLIPS = 4
 PHASES = ["priming", "equilibrium"]
 ONE_BASE = ["training.generator=one_base", "training.lora_rank=2"]
@@ -75,7 +76,7 @@ class Phase:
             self.networks,
             self.optimizers,
             self.turns if turns is None else turns,
-            batches(first_step, self.networks.mesh),
+            batches(first_step, self.networks.mesh, self.networks.null_text.device),
             first_step=first_step,
             steps=steps,
             seed=seed,
@@ -107,25 +108,25 @@ class Phase:
         return {name: local(value).detach().clone() for name, value in found.items()}
 
 
-def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False) -> Phase:
+def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False, device: torch.device = CPU) -> Phase:
     """A new phase whose generator starts from the teacher in ``folder``; overrides as a person would type them."""
     settings = config.load("", [*TINY, *CASES[name], *overrides])
     name = name.split(",")[0]
-    null_text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(99))
-    networks = build.build_networks(name, settings, folder, folder, null_text, device=torch.device("cpu"), meta=sharded)
+    null_text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(99)).to(device)
+    networks = build.build_networks(name, settings, folder, folder, null_text, device=device, meta=sharded)
     if sharded:
-        build.shard_networks(networks, settings, parallel.build_mesh(settings.training, torch.device("cpu")))
+        build.shard_networks(networks, settings, parallel.build_mesh(settings.training, device))
     turns = build.phase_turns(name, settings)
     return Phase(settings, networks, turns, loop.build_optimizers(networks, turns, weight_decay=0.0))
 
 
-def batches(first_step: int, mesh: parallel.Mesh | None = None) -> Iterator[Batch]:
+def batches(first_step: int, mesh: parallel.Mesh | None = None, device: torch.device = CPU) -> Iterator[Batch]:
     """This rank's rows of an endless row of global batches, each the same whatever came before it."""
     step = first_step
     while True:
         generator = torch.Generator().manual_seed(1000 + step)
         shapes = (8, 3, 4, 4), (6, 32), (5, 32), (10, 3, 4, 4)
-        x_0, text, *image = (torch.randn(GLOBAL_CLIPS, *shape, generator=generator) for shape in shapes)
+        x_0, text, *image = (torch.randn(GLOBAL_CLIPS, *shape, generator=generator).to(device) for shape in shapes)
         text[:, 4:] = 0
         place, ranks = (mesh.data_rank, mesh.data_ranks) if mesh else (parallel.rank(), parallel.ranks())
         mine = GLOBAL_CLIPS // ranks

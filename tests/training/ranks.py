@@ -54,16 +54,21 @@ def moved_by_turn(name: str, folder: Path, sharded: bool) -> dict[str, list[str]
     return found
 
 
+INPUTS = {"hidden_states": "torch.bfloat16", "timestep": "torch.float32", "rotary": "torch.float32"}
+"""What a network that computes in bfloat16 is given, and what its blocks are beside."""
+
+
 def _bfloat16(name: str, folder: Path) -> dict[str, Any]:
     phase = build_phase(name, folder, "training.precision=bfloat16", sharded=True)
     seen: dict[str, Tensor] = {}
     module = phase.networks.generator.module
     module.register_forward_pre_hook(lambda _module, _args, inputs: seen.update(inputs), with_kwargs=True)
+    module.blocks[0].attn1.register_forward_pre_hook(lambda _module, args: seen.update(rotary=args[3][0]))
     phase.train(0, 1)
     return {
         "bfloat16_history": phase.history,
         "bfloat16_weights": sorted({str(value.dtype) for value in _weights(phase)}),
-        "bfloat16_inputs": {name: str(seen[name].dtype) for name in ("hidden_states", "timestep")},
+        "bfloat16_inputs": {name: str(seen[name].dtype) for name in INPUTS},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase, load
-from ranks import LAST_STEP, SAVED_STEP, moved_by_turn, work
+from ranks import INPUTS, LAST_STEP, SAVED_STEP, moved_by_turn, work
 from spawned import run_ranks
 from torch import nn
 
@@ -121,9 +121,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(ranks, tiny_folder: Pa
 
 
 @pytest.mark.parametrize("name", PHASES)
-def test_bfloat16_computes_in_bfloat16_and_keeps_weights_and_time_in_float32(ranks, name: str) -> None:
+def test_bfloat16_computes_in_bfloat16_and_keeps_weights_times_and_positions_in_float32(ranks, name: str) -> None:
     for rank in ranks:
-        assert rank[name]["bfloat16_inputs"] == {"hidden_states": "torch.bfloat16", "timestep": "torch.float32"}
+        assert rank[name]["bfloat16_inputs"] == INPUTS
         assert rank[name]["bfloat16_weights"] == ["torch.float32"]
         assert all(math.isfinite(value) for value in rank[name]["bfloat16_history"][0].values())
     loss = {"priming": "fake/loss", "equilibrium": "discriminator/hinge"}[name]
