@@ -27,7 +27,8 @@ TOLERANCE = 1e-3
 @pytest.fixture(scope="module", autouse=True)
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("ranks")
-    dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    backends = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backends, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
