@@ -28,6 +28,7 @@ from pose_core import config
 from pose_core.models import small
 from pose_core.models.parts import clip_shapes
 from pose_core.models.video_model import Condition
+from pose_core.runtime.cli import errors_for_people
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.simulation import simulate
@@ -89,7 +90,7 @@ def on_cpu(sizes: list[str]) -> tuple[list[Figure], dict[str, Any]]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES), help="of small,medium,large (default: all)")
-    parser.add_argument("--gpu", type=Path, metavar="CONFIG", help="on the GPU at hand, the model and clips of a config instead")
+    parser.add_argument("--gpu", type=Path, metavar="CONFIG", help="instead, a config's model and clips on the GPU here")
     parser.add_argument("--steps", type=positive_int, default=2, help="with --gpu: timed steps a phase (default: 2)")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="with --gpu: settings to change")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/plan_accuracy.json")
@@ -191,4 +192,5 @@ def peak_of_second_step(profiler: profile) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_for_people(debug=False):
+        main()

@@ -101,8 +101,8 @@ def build_mesh(settings: TrainingSettings, device: torch.device) -> Mesh:
 def shard_model(model: StockModel, settings: TrainingSettings, mesh: Mesh) -> None:
     """Shard a video model in place: every block on its own, the rest with the root; what is unread is read then.
 
-    Master weights and reductions stay float32. Inputs are not cast: in bfloat16 the time given to the network would have
-    four distinct values a hundred, and the tables of rotary positions, which stock blocks take in float32, few more.
+    Master weights and reductions stay float32. Inputs are not cast: in bfloat16 the time given to the network would
+    have four distinct values a hundred, and the rotary positions, which stock blocks take in float32, few more.
 
     Raises:
         CheckpointError: unread weights are missing, damaged or of another model (on every rank).
