@@ -90,7 +90,7 @@ def on_cpu(sizes: list[str]) -> tuple[list[Figure], dict[str, Any]]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES), help="of small,medium,large (default: all)")
-    parser.add_argument("--gpu", type=Path, metavar="CONFIG", help="instead, a config's model and clips on the GPU here")
+    parser.add_argument("--gpu", type=Path, metavar="CONFIG", help="a config's model and clips, on the GPU here")
     parser.add_argument("--steps", type=positive_int, default=2, help="with --gpu: timed steps a phase (default: 2)")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="with --gpu: settings to change")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/plan_accuracy.json")
