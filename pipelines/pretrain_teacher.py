@@ -2,7 +2,7 @@
 
     python pipelines/pretrain_teacher.py --task i2v --out pipelines/configs/teachers/digits_i2v
 
-takes hours on one core and minutes on a GPU, continues where it stopped, and writes a diffusers folder that the stock
+takes hours on one core, continues where it stopped, and writes a diffusers folder that the stock
 Wan pipelines load. Both tasks share the VAE and the encoded clips in the folder ``--work``. Text to video is learnt
 sooner by a transformer that knows the domain: ``--task t2v --start-from pipelines/configs/teachers/digits_i2v``.
 """

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pose_core.errors import CheckpointError
-from pose_core.models.folders import read_config
+from pose_core.models.folders import read_config, read_index
 from pose_core.models.sizes import takes_image
 from pose_core.models.video_model import Condition
 
@@ -100,8 +100,8 @@ class WanCodec(PipelineCodec):
         self.std = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
 
     @classmethod
-    def load(cls, folder: Path, text_tokens: int, device: str = "cpu") -> WanCodec:
-        """Load every part but the transformer from a diffusers folder.
+    def load(cls, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False) -> WanCodec:
+        """Load every part but the transformer from a diffusers folder, or with ``only_video`` the VAE alone.
 
         Raises:
             CheckpointError: naming the part that is missing or does not load.
@@ -109,7 +109,7 @@ class WanCodec(PipelineCodec):
         config = read_config(folder, "transformer")
         kind = WanImageToVideoPipeline if takes_image(config) else WanPipeline
         encoders = ["vae", "text_encoder", *(["image_encoder"] if config.get("image_dim") is not None else [])]
-        return cls(load_encoders(kind, folder, encoders, device, transformer_2=None), text_tokens)
+        return cls(load_encoders(kind, folder, encoders, device, only_video, transformer_2=None), text_tokens)
 
     @property
     def has_image(self) -> bool:
@@ -153,12 +153,19 @@ class WanCodec(PipelineCodec):
         return torch.cat([mask, latents], dim=1)
 
 
-def load_encoders(kind: Any, folder: Path, encoders: list[str], device: str, **without: None) -> Any:
+def load_encoders(
+    kind: Any, folder: Path, encoders: list[str], device: str, only_video: bool = False, **without: None
+) -> Any:
     """The stock pipeline ``kind`` from ``folder``, without transformer and other parts given as None; quiet, frozen.
+
+    ``only_video`` leaves out what prompts and images pass through, in published models far larger than the VAE.
 
     Raises:
         CheckpointError: naming the part of ``encoders`` that is missing, or what does not load (exit code 2).
     """
+    if only_video:
+        encoders, others = ["vae"], set(ENCODERS) - {"vae"}
+        without |= dict.fromkeys(others & read_index(folder).keys())
     for part in encoders:
         read_config(folder, part)
     try:

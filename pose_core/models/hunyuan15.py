@@ -152,11 +152,13 @@ class Hunyuan15Family:
             model.read_weights()
         return model
 
-    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> Hunyuan15Codec:
+    def load_codec(
+        self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False
+    ) -> Hunyuan15Codec:
         with_image = self.tasks(folder) == ("i2v",)
         kind = HunyuanVideo15ImageToVideoPipeline if with_image else HunyuanVideo15Pipeline
         encoders = ["vae", "text_encoder", "text_encoder_2", *(["image_encoder"] if with_image else [])]
-        return Hunyuan15Codec(load_encoders(kind, folder, encoders, device), text_tokens)
+        return Hunyuan15Codec(load_encoders(kind, folder, encoders, device, only_video), text_tokens)
 
     def compression(self, folder: Path) -> tuple[int, int]:
         vae = self._vae(folder)

@@ -133,8 +133,9 @@ class LTXFamily:
             model.read_weights()
         return model
 
-    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> LTXCodec:
-        return LTXCodec(load_encoders(LTXImageToVideoPipeline, folder, ["vae", "text_encoder"], device), text_tokens)
+    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False) -> LTXCodec:
+        kind, encoders = LTXImageToVideoPipeline, ["vae", "text_encoder"]
+        return LTXCodec(load_encoders(kind, folder, encoders, device, only_video), text_tokens)
 
     def compression(self, folder: Path) -> tuple[int, int]:
         temporal, spatial = vae_compression(folder)

@@ -213,8 +213,8 @@ class Family(Protocol):
         """
         ...
 
-    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> Codec:
-        """Every part but the transformers.
+    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False) -> Codec:
+        """Every part but the transformers; ``only_video`` is content with what encodes and decodes videos.
 
         Raises:
             CheckpointError: naming the part that is missing or does not load.

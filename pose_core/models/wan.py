@@ -182,11 +182,11 @@ class WanFamily:
     ) -> Adapter:
         return load_part(self.model, folder, "transformer", count_image_tokens(teacher), self.name, meta, dtype)
 
-    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> Codec:
+    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False) -> Codec:
         # Here and not above: training ranks need no encoders, whose libraries take a hundred megabytes.
         from pose_core.models.codec import WanCodec
 
-        return WanCodec.load(folder, text_tokens, device)
+        return WanCodec.load(folder, text_tokens, device, only_video=only_video)
 
     def compression(self, folder: Path) -> tuple[int, int]:
         return compression(folder)

@@ -59,9 +59,11 @@ class WanTI2VFamily(WanFamily):
         config = read_config(folder, "transformer")
         return ConditionWidths(config["text_dim"], 0, config["in_channels"] if task == "i2v" else 0)
 
-    def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu") -> WanTI2VCodec:
-        pipeline = load_encoders(WanImageToVideoPipeline, folder, ["vae", "text_encoder"], device, transformer_2=None)
-        return WanTI2VCodec(pipeline, text_tokens)
+    def load_codec(
+        self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False
+    ) -> WanTI2VCodec:
+        kind, encoders = WanImageToVideoPipeline, ["vae", "text_encoder"]
+        return WanTI2VCodec(load_encoders(kind, folder, encoders, device, only_video, transformer_2=None), text_tokens)
 
     def _first_frame_shape(self, latents: tuple[int, ...], channels: int) -> tuple[int, ...]:
         return channels, 1, *latents[2:]

@@ -197,7 +197,7 @@ def _empty_row(method: str) -> dict[str, Any]:
 def _videos(job: RowJob, heldout: Heldout, noises: int, sample: Sample, label: str) -> np.ndarray:
     """Videos ``[N, T, H, W, 3]`` uint8 of all clips; the first noise is the one that ``evaluate`` draws."""
     settings, device = job.settings, torch.device("cpu")
-    codec = WanCodec.load(_teacher_folder(settings), settings.data.text_tokens)
+    codec = WanCodec.load(_teacher_folder(settings), settings.data.text_tokens, only_video=True)
     made = []
     for index, start in enumerate(range(0, len(heldout.prompts), settings.evaluation.batch_clips)):
         clips = slice(start, start + settings.evaluation.batch_clips)

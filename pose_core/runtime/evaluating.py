@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
 from pose_core.inference.sampler import sample_generator, sample_teacher
 from pose_core.models import families
-from pose_core.models.video_model import Condition, VideoModel
+from pose_core.models.video_model import Condition, StockModel
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.storage import Store
 from pose_core.runtime.teachers import teacher_folder
 from pose_core.settings import Settings
+from pose_core.training.parallel import PRECISIONS
 from pose_core.training.state import Draws
 
 MOTION_CLIPS = 32
@@ -33,6 +35,9 @@ MOTION_CLIPS = 32
 class Sampler:
     """Holds the models of an evaluation; samples one batch of held-out rows at a time."""
 
+    only_video = True
+    """Prompts and first frames come encoded: text and image encoders, far larger than the VAE, are not held."""
+
     def __init__(self, settings: Settings, generators: dict[str, Store], null_text: np.ndarray):
         self.settings = settings
         if settings.training.threads_per_worker:
@@ -40,18 +45,30 @@ class Sampler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher = teacher_folder(settings.model)
         family = families.get(settings.model.family)
-        self.codec = family.load_codec(teacher, settings.data.text_tokens, str(self.device))
+        self.codec = family.load_codec(teacher, settings.data.text_tokens, str(self.device), only_video=self.only_video)
         self.null_text = torch.tensor(null_text, device=self.device)
-        self.teacher = self._placed(family.load_teacher(teacher))
+        self.dtype = PRECISIONS[settings.training.precision]
+        self.teacher = self._ready(family.load_teacher(teacher, dtype=self.dtype))
         self.generators = {}
         for name, store in generators.items():
             with tempfile.TemporaryDirectory() as folder:
                 store.download_folder("generator", Path(folder) / "generator")
-                self.generators[name] = self._placed(family.load_generator(Path(folder) / "generator", teacher))
+                loaded = family.load_generator(Path(folder) / "generator", teacher, dtype=self.dtype)
+                self.generators[name] = self._ready(loaded)
 
-    def _placed(self, model: VideoModel) -> VideoModel:
-        model.module.to(self.device).eval()
+    def _ready(self, model: StockModel) -> StockModel:
+        model.compute_dtype = self.dtype
+        model.module.eval()
         return model
+
+    @contextmanager
+    def at_work(self, model: StockModel) -> Iterator[StockModel]:
+        """Inside, the model is on this process's device; the others wait beside it: not every GPU holds all of them."""
+        model.module.to(self.device)
+        try:
+            yield model
+        finally:
+            model.module.to("cpu")
 
     def sample(self, index: int, rows: dict[str, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
         """Videos ``[B, T, H, W, 3]`` uint8 of batch ``index`` by how they were made, all from the same noise."""
@@ -62,17 +79,17 @@ class Sampler:
         noise = noises[0]
         evaluation, shift = self.settings.evaluation, self.settings.model.timestep_shift
         many, guidance = evaluation.teacher_steps, evaluation.guidance
-        latents = {
-            f"teacher_{many}_steps": sample_teacher(
-                self.teacher, condition, self.null_text, noise, many, guidance, shift
-            ),
-            # Without guidance: what one evaluation of the teacher gives.
-            "teacher_1_step": sample_teacher(self.teacher, condition, self.null_text, noise, 1, 1.0, shift),
-        }
-        for name, model in self.generators.items():
-            latents[name] = sample_generator(model, condition, [noise])
-        for steps in evaluation.few_steps:
-            latents[f"{steps}_steps"] = sample_generator(self.generators["one_step"], condition, noises[:steps])
+        with self.at_work(self.teacher) as model:
+            latents = {
+                f"teacher_{many}_steps": sample_teacher(model, condition, self.null_text, noise, many, guidance, shift),
+                # Without guidance: what one evaluation of the teacher gives.
+                "teacher_1_step": sample_teacher(model, condition, self.null_text, noise, 1, 1.0, shift),
+            }
+        for name, generator in self.generators.items():
+            with self.at_work(generator) as model:
+                latents[name] = sample_generator(model, condition, [noise])
+                for steps in evaluation.few_steps if name == "one_step" else ():
+                    latents[f"{steps}_steps"] = sample_generator(model, condition, noises[:steps])
         return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
 
 

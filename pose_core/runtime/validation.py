@@ -44,7 +44,8 @@ class Validation:
         self.codec: Codec | None = None
         if parallel.rank() == 0:
             folder = teacher_folder(settings.model)
-            self.codec = families.get(settings.model.family).load_codec(folder, settings.data.text_tokens)
+            family = families.get(settings.model.family)
+            self.codec = family.load_codec(folder, settings.data.text_tokens, only_video=True)
         self.teacher = [self._decode(self._teacher(noise)) for noise in self.noises]
 
     @property

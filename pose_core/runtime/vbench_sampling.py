@@ -91,6 +91,8 @@ def videos_store(run: StageRun, images: Path, entries: Iterable[Entry]) -> Store
 class SuiteSampler(Sampler):
     """An evaluation's models, put to a benchmark's prompts and images."""
 
+    only_video = False
+
     def make(self, way: str, steps: int, size: tuple[int, int], batch: list[Job], images: list[np.ndarray], out: Store):
         """Sample one batch of one aspect ratio and store its videos; how many."""
         data, shift = self.settings.data, self.settings.model.timestep_shift
@@ -101,9 +103,11 @@ class SuiteSampler(Sampler):
         stacked = [torch.stack(each).to(self.device) for each in zip(*noises, strict=True)]
         if way.startswith("teacher"):
             guidance = self.settings.evaluation.guidance
-            latents = sample_teacher(self.teacher, condition, self.null_text, stacked[0], steps, guidance, shift)
+            with self.at_work(self.teacher) as model:
+                latents = sample_teacher(model, condition, self.null_text, stacked[0], steps, guidance, shift)
         else:
-            latents = sample_generator(self.generators[GENERATOR], condition, stacked)
+            with self.at_work(self.generators[GENERATOR]) as model:
+                latents = sample_generator(model, condition, stacked)
         for job, video in zip(batch, self.codec.decode_uint8(latents), strict=True):
             out.write_bytes(f"{way}/{job.key}", encode_mp4(video, data.frames_per_second, quality=MP4_QUALITY))
         return len(batch)

@@ -161,6 +161,17 @@ class FamilyContract:
                     torch.testing.assert_close(together[mine], single, atol=LIMIT, rtol=LIMIT)
             assert np.abs(decoded[mine] - codec.decode(latents[mine])).max() <= LIMIT
 
+    def test_a_codec_for_videos_alone_decodes_the_same_and_holds_no_other_encoder(
+        self, folder: Path, codec: Any
+    ) -> None:
+        video = np.random.default_rng(3).integers(0, 256, (1, self.frames, self.side, self.side, 3), dtype=np.uint8)
+        alone = families.of(folder).load_codec(folder, TOKENS, only_video=True)
+        latents = codec.encode_video(video)
+        assert torch.equal(alone.encode_video(video), latents)
+        assert np.array_equal(alone.decode(latents), codec.decode(latents))
+        modules = {name for name, part in alone.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        assert modules == {"vae"}
+
     @pytest.mark.parametrize("guidance", [1.0, 4.0])
     def test_the_velocity_is_what_the_stock_pipeline_feeds_its_scheduler(
         self, folder: Path, pipe: Any, codec: Any, condition: Condition, noise: Tensor, first_frame, guidance: float
