@@ -30,10 +30,9 @@ from pose_core.models.video_model import ClipShapes, Condition, Shape
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.devices import peak_teraflops
+from pose_core.training.plan import PHASES
 from pose_core.training.simulation import simulate
 from pose_core.training.state import Batch
-
-PHASES = ("priming", "equilibrium")
 
 
 @dataclass(frozen=True)

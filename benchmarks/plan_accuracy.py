@@ -31,11 +31,11 @@ from pose_core.models.video_model import Condition
 from pose_core.runtime.cli import errors_for_people
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
+from pose_core.training.plan import PHASES
 from pose_core.training.simulation import simulate
 from pose_core.training.state import Batch
 
 BAR = 0.05
-PHASES = ("priming", "equilibrium")
 RANKS = (1, 2)
 SIZES = {"small": (4, 4), "medium": (8, 6), "large": (12, 8)}
 """Attention heads of 32 channels and blocks."""
