@@ -3,8 +3,8 @@
     python pipelines/pretrain_teacher.py --task i2v --out pipelines/configs/teachers/digits_i2v
 
 takes hours on one core, continues where it stopped, and writes a diffusers folder that the stock Wan pipelines load.
-Both tasks share the VAE and the clips' latents in the folder ``--work``. Text to video is learnt sooner by a transformer
-that knows the domain: ``--task t2v --start-from pipelines/configs/teachers/digits_i2v``.
+Both tasks share the VAE and the clips' latents in the folder ``--work``. Text to video is learnt sooner
+by a transformer that knows the domain: ``--task t2v --start-from pipelines/configs/teachers/digits_i2v``.
 """
 
 from __future__ import annotations
