@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import threading
+import uuid
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ class Saver:
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         self._thread: threading.Thread | None = None
         self._failure: PoseError | None = None
+        self._plans = f"{type(self).__name__}-{uuid.uuid4()}"
 
     def start(
         self,
@@ -93,8 +95,17 @@ class Saver:
         return shared[0]
 
     def _write(self, files: Files, step: int, state: dict[str, Any], commit: Commit) -> None:
+        # What lies where is agreed on once, and again when it changes; DCP keeps that under a name, for the process.
+        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        planner._cached_plans_key = self._plans
         try:
-            dcp.save(state, storage_writer=Writer(files, commit), process_group=self.group, no_dist=self.group is None)
+            dcp.save(
+                state,
+                storage_writer=Writer(files, commit),
+                planner=planner,
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
         # One of them is no Exception, and nothing may end this thread unseen.
         except (Exception, CheckpointException) as error:
             cause = _cause(error)

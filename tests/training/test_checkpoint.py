@@ -176,6 +176,17 @@ def test_a_save_that_fails_in_the_background_comes_out_of_the_next_one(tiny_fold
     assert len(committed) == 1
 
 
+def test_each_save_of_a_saver_holds_the_state_of_its_own_step(tiny_folder: Path) -> None:
+    phase, saver = build_phase("priming", tiny_folder), checkpoint.Saver()
+    for step in (1, 2, 3):
+        restored, files = build_phase("priming", tiny_folder), Memory()
+        phase.train(step - 1, step)
+        saver.start(files, step, phase.networks, phase.optimizers, lambda objects: None)
+        saver.wait()
+        assert checkpoint.load(files, restored.networks, restored.optimizers) == step
+        assert differing(phase.tensors(), restored.tensors()) == []
+
+
 def test_no_byte_is_written_to_a_disk(tiny_folder: Path) -> None:
     """As on a machine whose disks are all full: the kernel lets this process write to no file."""
     phase, files, committed, saver = build_phase("priming", tiny_folder), Memory(), [], checkpoint.Saver()
