@@ -1,0 +1,44 @@
+"""The command that makes the shipped teachers, with a handful of steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from safetensors.torch import load_file
+
+PROJECT = Path(__file__).resolve().parents[2]
+FEW = ["--clips", "12", "--vae-steps", "2", "--batch", "2"]
+
+pytestmark = pytest.mark.integration
+
+
+def pretrain(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(PROJECT / "pipelines" / "pretrain_teacher.py"), "--work", str(folder / "work"), *FEW]
+    done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def weights(teacher: Path) -> dict:
+    return load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_teachers_of_both_tasks_load_in_stock_pipelines_and_training_goes_on(tmp_path: Path) -> None:
+    image, text = tmp_path / "i2v", tmp_path / "t2v"
+    told = pretrain(tmp_path, "--out", str(image), "--teacher-steps", "2")
+    assert f"wrote {image}" in told and not image.with_name("i2v.partial").exists()
+    assert WanImageToVideoPipeline.from_pretrained(image).transformer.config.image_dim is not None
+    after_two = weights(image)
+
+    checkpoint = tmp_path / "work" / "teacher-i2v.pt"
+    made = checkpoint.stat().st_mtime_ns
+    pretrain(tmp_path, "--out", str(image), "--teacher-steps", "2")
+    assert checkpoint.stat().st_mtime_ns == made, "nothing was left to train"
+    assert all(value.equal(after_two[name]) for name, value in weights(image).items())
+
+    pretrain(tmp_path, "--task", "t2v", "--start-from", str(image), "--out", str(text), "--teacher-steps", "1")
+    assert WanPipeline.from_pretrained(text).transformer.config.image_dim is None
