@@ -109,7 +109,7 @@ class WanCodec(PipelineCodec):
         config = read_config(folder, "transformer")
         kind = WanImageToVideoPipeline if takes_image(config) else WanPipeline
         encoders = ["vae", "text_encoder", *(["image_encoder"] if config.get("image_dim") is not None else [])]
-        return cls(load_encoders(kind, folder, encoders, device, only_video, transformer_2=None), text_tokens)
+        return cls(load_pipeline(kind, folder, encoders, device, only_video, transformer_2=None), text_tokens)
 
     @property
     def has_image(self) -> bool:
@@ -153,7 +153,7 @@ class WanCodec(PipelineCodec):
         return torch.cat([mask, latents], dim=1)
 
 
-def load_encoders(
+def load_pipeline(
     kind: Any, folder: Path, encoders: list[str], device: str, only_video: bool = False, **without: None
 ) -> Any:
     """The stock pipeline ``kind`` from ``folder``, without transformer and other parts given as None; quiet, frozen.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pose_core.errors import CheckpointError
 from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty
-from pose_core.models.codec import PipelineCodec, load_encoders
+from pose_core.models.codec import PipelineCodec, load_pipeline
 from pose_core.models.folders import read_config
 from pose_core.models.sizes import check_size
 from pose_core.models.video_model import ClipShapes, Condition, ConditionWidths
@@ -158,7 +158,7 @@ class Hunyuan15Family:
         with_image = self.tasks(folder) == ("i2v",)
         kind = HunyuanVideo15ImageToVideoPipeline if with_image else HunyuanVideo15Pipeline
         encoders = ["vae", "text_encoder", "text_encoder_2", *(["image_encoder"] if with_image else [])]
-        return Hunyuan15Codec(load_encoders(kind, folder, encoders, device, only_video), text_tokens)
+        return Hunyuan15Codec(load_pipeline(kind, folder, encoders, device, only_video), text_tokens)
 
     def compression(self, folder: Path) -> tuple[int, int]:
         vae = self._vae(folder)

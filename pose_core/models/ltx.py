@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLLTXVideo, LTXImageToVideoPipeline, LTXVideoTr
 from torch import Tensor
 
 from pose_core.models.adapter import TIMESTEPS, Adapter, build_empty, keep_given_frame, with_given_frame
-from pose_core.models.codec import PipelineCodec, load_encoders
+from pose_core.models.codec import PipelineCodec, load_pipeline
 from pose_core.models.folders import read_config
 from pose_core.models.sizes import check_size
 from pose_core.models.video_model import ClipShapes, Condition, ConditionWidths
@@ -135,7 +135,7 @@ class LTXFamily:
 
     def load_codec(self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False) -> LTXCodec:
         kind, encoders = LTXImageToVideoPipeline, ["vae", "text_encoder"]
-        return LTXCodec(load_encoders(kind, folder, encoders, device, only_video), text_tokens)
+        return LTXCodec(load_pipeline(kind, folder, encoders, device, only_video), text_tokens)
 
     def compression(self, folder: Path) -> tuple[int, int]:
         temporal, spatial = vae_compression(folder)

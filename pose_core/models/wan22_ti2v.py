@@ -13,7 +13,7 @@ from diffusers import WanImageToVideoPipeline
 from torch import Tensor
 
 from pose_core.models.adapter import TIMESTEPS, keep_given_frame, with_given_frame
-from pose_core.models.codec import WanCodec, load_encoders
+from pose_core.models.codec import WanCodec, load_pipeline
 from pose_core.models.folders import read_config
 from pose_core.models.video_model import Condition, ConditionWidths
 from pose_core.models.wan import Wan, WanFamily
@@ -63,7 +63,7 @@ class WanTI2VFamily(WanFamily):
         self, folder: Path, text_tokens: int, device: str = "cpu", *, only_video: bool = False
     ) -> WanTI2VCodec:
         kind, encoders = WanImageToVideoPipeline, ["vae", "text_encoder"]
-        return WanTI2VCodec(load_encoders(kind, folder, encoders, device, only_video, transformer_2=None), text_tokens)
+        return WanTI2VCodec(load_pipeline(kind, folder, encoders, device, only_video, transformer_2=None), text_tokens)
 
     def _first_frame_shape(self, latents: tuple[int, ...], channels: int) -> tuple[int, ...]:
         return channels, 1, *latents[2:]
