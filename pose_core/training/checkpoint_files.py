@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
@@ -92,35 +93,31 @@ class Writer(dcp.StorageWriter):
         return [replace(plan, storage_data=f"rank-{rank:05d}") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's shards, several objects at once."""
+        """Write this rank's shards, several objects at once; a result is an object and the pieces in it."""
 
-        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+        def write(number: int, items: list[WriteItem]) -> WriteResult:
             key = f"{plan.storage_data}/{number:05d}"
             bodies = [_body(planner.resolve_data(item)) for item in items]
             self.files.write(key, bodies[0] if len(bodies) == 1 else b"".join(bodies))
-            results, start = [], 0
+            pieces, start = {}, 0
             for item, body in zip(items, bodies, strict=True):
-                piece = Piece(key, start, len(body), zlib.crc32(body))
-                results.append(WriteResult(index=item.index, size_in_bytes=len(body), storage_data=piece))
+                pieces[item.index.fqn, item.index.offset] = Piece(key, start, len(body), zlib.crc32(body))
                 start += len(body)
-            return results
+            return WriteResult(MetadataIndex(key), size_in_bytes=start, storage_data=pieces)
 
         groups = _groups(plan.items)
         with ThreadPoolExecutor(STREAMS) as pool:
             written = list(pool.map(write, range(len(groups)), groups))
         done: Future[list[WriteResult]] = Future()
-        done.set_result([result for each in written for result in each])
+        done.set_result(written)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index and commit; the first rank alone is asked."""
-        pieces = {(each.index.fqn, each.index.offset): each.storage_data for rank in results for each in rank}
-        index = _index(metadata, pieces)
+        written = [each for rank in results for each in rank]
+        index = _index(metadata, {name: piece for each in written for name, piece in each.storage_data.items()})
         self.files.write(INDEX, index)
-        objects = {INDEX: len(index)}
-        for piece in pieces.values():
-            objects[piece.key] = max(objects.get(piece.key, 0), piece.start + piece.length)
-        self.commit(objects)
+        self.commit({INDEX: len(index)} | {each.index.fqn: each.size_in_bytes for each in written})
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
