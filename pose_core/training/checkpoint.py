@@ -51,7 +51,7 @@ class Saver:
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         self._thread: threading.Thread | None = None
         self._failure: PoseError | None = None
-        self._plans = f"{type(self).__name__}-{uuid.uuid4()}"
+        self._plans = uuid.uuid4().hex
 
     def start(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file
+from torch import Tensor
 
 PROJECT = Path(__file__).resolve().parents[2]
 FEW = ["--clips", "12", "--vae-steps", "2", "--batch", "2"]
@@ -23,11 +24,11 @@ def pretrain(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def weights(teacher: Path) -> dict:
+def weights(teacher: Path) -> dict[str, Tensor]:
     return load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_teachers_of_both_tasks_load_in_stock_pipelines_and_training_goes_on(tmp_path: Path) -> None:
+def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twice(tmp_path: Path) -> None:
     image, text = tmp_path / "i2v", tmp_path / "t2v"
     told = pretrain(tmp_path, "--out", str(image), "--teacher-steps", "2")
     assert f"wrote {image}" in told and not image.with_name("i2v.partial").exists()
