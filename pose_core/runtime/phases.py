@@ -118,8 +118,7 @@ class ProgressBoard:
         self.newest: tuple[int, dict[str, float]] = (0, {})
         self.notes: list[str] = []
         self.kills: dict[str, int] = {}
-        self.reasons: list[str] = []
-        self.stacks: list[str] = []
+        self.rings: list[tuple[str, str]] = []
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Called by rank 0 without waiting; no values mean that it has just begun, at ``step``."""
@@ -137,24 +136,22 @@ class ProgressBoard:
 
     def why(self) -> tuple[list[str], dict[str, int]]:
         """The watchdogs' reasons to end ranks, and by node id how many processes its kernel had killed at first."""
-        return self.reasons, self.kills
+        return [reason for reason, _ in self.rings], self.kills
 
     def ring(self, reason: str, stacks: str) -> None:
         """Called by the watchdog of a rank that ends."""
-        self.reasons.append(reason)
-        self.stacks.append(stacks)
+        self.rings.append((reason, stacks))
 
     def rung(self) -> int:
         """How often a rank's watchdog has ended it."""
-        return len(self.reasons)
+        return len(self.rings)
 
-    def rings(self, first: int) -> tuple[list[str], list[str]]:
-        """Reasons and stacks from the ``first`` on."""
-        return self.reasons[first:], self.stacks[first:]
+    def read(self, rings: int, notes: int) -> tuple[int, dict[str, float], list[tuple[str, str]], list[str]]:
+        """The newest step, its values, and what the driver has not read: reasons with stacks, and lines.
 
-    def read(self) -> tuple[int, dict[str, float], list[str]]:
-        """The newest step, its values, and all lines so far."""
-        return *self.newest, self.notes
+        It has read the first ``rings`` of the ones and the first ``notes`` of the others.
+        """
+        return *self.newest, self.rings[rings:], self.notes[notes:]
 
 
 @contextmanager
@@ -168,15 +165,13 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
 
     def draw() -> None:
         nonlocal last, told, heard
-        reasons, stacks = ray.get(board.rings.remote(heard))
-        for reason, text in zip(reasons, stacks, strict=True):
+        step, values, rings, notes = ray.get(board.read.remote(heard, told))
+        for reason, stacks in rings:
             run.display.note(f"{run.name:<24} ended by the watchdog, {reason}; its stacks are in this stage's log")
-            print(text, flush=True)
-        heard += len(reasons)
-        step, values, notes = ray.get(board.read.remote())
-        for text in notes[told:]:
+            print(stacks, flush=True)
+        for text in notes:
             run.display.note(f"{run.name:<24} {text}")
-        told = len(notes)
+        heard, told = heard + len(rings), told + len(notes)
         if step != last:
             run.display.update(run.name, step, steps, **values)
             last = step
