@@ -13,6 +13,7 @@ from pose_core.training.state import Batch, Draws, Networks
 from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Losses, Turn
 
+ADAM_BETA2 = 0.99
 AfterStep = Callable[[int, dict[str, Tensor]], bool | None]
 """Called with the number of finished steps and this rank's losses and gradient norms, as scalars by name.
 
@@ -26,7 +27,11 @@ def build_optimizers(
     groups = networks.groups()
     return {
         group: torch.optim.AdamW(
-            groups[group].values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+            groups[group].values(),
+            lr=learning_rate,
+            betas=(turn.adam_beta1, ADAM_BETA2),
+            weight_decay=weight_decay,
+            fused=True,
         )
         for turn in turns
         for group, learning_rate in turn.updates.items()

@@ -46,7 +46,7 @@ def lcm_turns(settings: Settings) -> list[Turn]:
         loss = lcm.consistency_loss(v_theta, v_average, v_real, batch.x_0, draws.normal(batch.x_0), t, s)
         return Losses(loss, {})
 
-    return [Turn("generator", {"generator": rivals.learning_rate}, generator)]
+    return [Turn("generator", {"generator": rivals.learning_rate}, generator, rivals.adam_beta1)]
 
 
 def apt_turns(settings: Settings) -> list[Turn]:
@@ -79,8 +79,8 @@ def apt_turns(settings: Settings) -> list[Turn]:
 
     updates = {"discriminator": rivals.discriminator_learning_rate, "heads": rivals.heads_learning_rate}
     return [
-        Turn("discriminator", updates, discriminator),
-        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator),
+        Turn("discriminator", updates, discriminator, rivals.adam_beta1),
+        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator, rivals.adam_beta1),
     ]
 
 
@@ -96,8 +96,8 @@ def ladd_turns(settings: Settings) -> list[Turn]:
 
     heads = {"heads": rivals.heads_learning_rate}
     return [
-        Turn("discriminator", heads, discriminator_turn(phase, rivals, "frozen")),
-        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator),
+        Turn("discriminator", heads, discriminator_turn(phase, rivals, "frozen"), rivals.adam_beta1),
+        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator, rivals.adam_beta1),
     ]
 
 
@@ -130,6 +130,6 @@ def dmd2_turns(settings: Settings) -> list[Turn]:
 
     updates = {"fake_score": phase.fake_learning_rate, "heads": rivals.heads_learning_rate}
     return [
-        Turn("fake", updates, fake, phase.fake_updates),
-        Turn("generator", {"generator": rivals.learning_rate}, generator),
+        Turn("fake", updates, fake, phase.adam_beta1, phase.fake_updates),
+        Turn("generator", {"generator": rivals.learning_rate}, generator, phase.adam_beta1),
     ]

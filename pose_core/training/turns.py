@@ -46,6 +46,7 @@ class Turn:
     name: str
     updates: dict[str, float]
     loss: Loss
+    adam_beta1: float
     repeats: int = 1
 
 
@@ -75,8 +76,8 @@ def priming_turns(settings: PrimingSettings) -> list[Turn]:
         return Losses(priming.matching_loss(x0_hat, gradient), {"matching_gradient": gradient.square().mean().sqrt()})
 
     return [
-        Turn("fake", {"fake_score": settings.fake_learning_rate}, fake, settings.fake_updates),
-        Turn("generator", {"generator": settings.learning_rate}, generator),
+        Turn("fake", {"fake_score": settings.fake_learning_rate}, fake, settings.adam_beta1, settings.fake_updates),
+        Turn("generator", {"generator": settings.learning_rate}, generator, settings.adam_beta1),
     ]
 
 
@@ -98,8 +99,8 @@ def equilibrium_turns(settings: EquilibriumSettings) -> list[Turn]:
 
     heads = {"heads": settings.heads_learning_rate}
     return [
-        Turn("discriminator", heads, discriminator_turn(settings, settings, settings.backbone)),
-        Turn("generator", {"generator": settings.learning_rate}, generator),
+        Turn("discriminator", heads, discriminator_turn(settings, settings, settings.backbone), settings.adam_beta1),
+        Turn("generator", {"generator": settings.learning_rate}, generator, settings.adam_beta1),
     ]
 
 

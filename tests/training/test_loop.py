@@ -100,14 +100,14 @@ def test_it_takes_one_batch_a_step_and_counts_finished_steps(tiny_folder: Path, 
 
 
 def test_each_turns_optimizer_holds_its_own_parameters_and_learning_rate(tiny_folder: Path) -> None:
-    overrides = "priming.learning_rate=0.002", "priming.fake_learning_rate=0.004"
+    overrides = "priming.learning_rate=0.002", "priming.fake_learning_rate=0.004", "priming.adam_beta1=0.5"
     phase = build_phase("priming", tiny_folder, *overrides)
     optimizers = loop.build_optimizers(phase.networks, phase.turns, weight_decay=0.25)
     groups = phase.networks.groups()
     for name, rate in (("generator", 0.002), ("fake_score", 0.004)):
         (group,) = optimizers[name].param_groups
         assert [id(parameter) for parameter in group["params"]] == [id(p) for p in groups[name].values()]
-        assert (group["lr"], group["weight_decay"]) == (rate, 0.25)
+        assert (group["lr"], group["betas"][0], group["weight_decay"]) == (rate, 0.5, 0.25)
 
 
 def test_more_fake_updates_move_the_fake_score_further_and_the_generator_still_once(tiny_folder: Path) -> None:
