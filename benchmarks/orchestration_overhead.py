@@ -1,16 +1,15 @@
 """What Ray Train, data, tracking and checkpoints cost a training step, and how soon a killed worker is made good.
 
-Two sides train the demo's first phase on two ranks each, and run by turns on the same machine, a few seconds each, the
-other one stopped by SIGSTOP meanwhile:
+Two sides train the demo's first phase on two ranks each, and take turns on the same machine, the other one stopped by
+SIGSTOP meanwhile:
 
     bare         two processes in a plain loop over batches in memory; Ray and the store are stopped, too
     whole        Ray Train with data, MLflow and an asynchronous checkpoint to object storage every 100 steps
 
-Each has a clock that stands still while it is stopped. ``whole``'s steps are cut into parts of 50, in every second of
-which a checkpoint is made, and a part is compared with 50 steps of ``bare`` in the same stretch of time: a machine that
-grows slower, grows slower for both. ``step_ratio`` is a part with a checkpoint over its bare steps;
-``checkpoint_overhead`` is that over the same of the part before it, which has none. Both are medians. Two processes
-that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few parts.
+A turn of ``bare`` counts as the time of 50 steps in a row; one of ``whole`` as that of 50 steps in which a checkpoint
+is made, and of 50 beside them in which none is. ``step_ratio`` is ``whole``'s steps with a checkpoint over the mean of
+the bare turns before and behind it, ``checkpoint_overhead`` over its own steps without: both the median. Two processes
+that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few turns.
 ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
 """
 
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -52,15 +52,12 @@ from pose_core.training.state import Batch
 
 PROJECT = Path(__file__).resolve().parents[1]
 MARK = "STARTED_BY_BENCHMARK_IN"
-PART_STEPS, CHECKPOINT_STEPS, RANKS = 50, 100, 2
-AHEAD_STEPS = 10
-"""Steps of a part before its checkpoint begins; the others are time enough for it to end."""
-WARM_STEPS = CHECKPOINT_STEPS - AHEAD_STEPS - PART_STEPS
-"""Steps of ``whole`` before its first part, one without a checkpoint."""
-SLICE_SECONDS = 10.0
+COUNTED_STEPS, CHECKPOINT_STEPS, RANKS = 50, 100, 2
 ROUNDS_A_START = 2
 LOG_STEPS = 2
 """As the demo: the time of every second step is known, from MLflow."""
+CHECKPOINT_WITHIN = range(4, 31)
+"""Steps that pass before a checkpoint begins, of the ``COUNTED_STEPS`` that hold it."""
 STAGE, ENDLESS = "stability_priming", 1_000_000
 SETTINGS = [
     *(f"priming.steps={ENDLESS}", f"training.sample_every_steps={ENDLESS}", "training.sample_clips=1"),
@@ -73,13 +70,15 @@ Times = dict[int, float]
 
 @dataclass
 class Side:
-    """One of those that run by turns: its processes, and where it tells of its steps."""
+    """One of those that take turns: its processes, and where it tells of its steps."""
 
     name: str
     folder: Path
     process: subprocess.Popen[Any]
-    slices: list[tuple[float, float]] = field(default_factory=list)
-    """When it ran, in Unix seconds, since it was first stopped."""
+    turns: list[float] = field(default_factory=list)
+    """Seconds that ``COUNTED_STEPS`` took in each turn, with a checkpoint where there are any."""
+    without: list[float] = field(default_factory=list)
+    """The same without one."""
 
     def steps(self) -> Times:
         """All that it has finished so far."""
@@ -88,22 +87,25 @@ class Side:
             return {number: float(line) for number, line in enumerate(file.read_text().splitlines(), start=1)}
         return mlflow_steps(self.folder)
 
-    def ran(self, since: float, until: float) -> float:
-        """Seconds between two times in which it was not stopped."""
-        return sum(max(0.0, min(until, end) - max(since, begin)) for begin, end in self.slices)
+    def seconds(self, since: float) -> list[float]:
+        """What ``COUNTED_STEPS`` have taken from ``since`` on; as long as there were not so many, nothing.
 
-    def step_seconds(self, since: float, until: float) -> float:
-        """What a step took on its own clock, of all that it finished between two times."""
-        times = {step: at for step, at in self.steps().items() if since <= at <= until}
-        first, last = min(times), max(times)
-        return self.ran(times[first], times[last]) / (last - first)
-
-    def processes(self) -> list[psutil.Process]:
-        """All that it has started, and itself; some change what the mark is read from."""
-        found = {process.pid: process for process in marked(self.folder)}
-        with contextlib.suppress(psutil.Error):
-            found |= {process.pid: process for process in psutil.Process(self.process.pid).children(recursive=True)}
-        return list(found.values())
+        With checkpoints: as many steps with one, then as many without.
+        """
+        times = {step: at for step, at in self.steps().items() if at > since}
+        # The first two points may be of steps that were under way when it was stopped.
+        for first in sorted(times)[2:]:
+            ends = [first, first + COUNTED_STEPS, first + 2 * COUNTED_STEPS][: 2 if self.name == "bare" else 3]
+            if ends[-1] not in times:
+                return []
+            parts = [times[end] - times[start] for start, end in itertools.pairwise(ends)]
+            if self.name == "bare":
+                return parts
+            # The checkpoint begins and ends well within one part.
+            ahead = -first % CHECKPOINT_STEPS
+            if ahead % COUNTED_STEPS in CHECKPOINT_WITHIN:
+                return parts if ahead < COUNTED_STEPS else parts[::-1]
+        return []
 
 
 def mlflow_steps(folder: Path) -> Times:
@@ -233,89 +235,70 @@ def wait_for(what: str, side: Side, ready: Callable[[], bool], seconds: float = 
 
 def end(side: Side) -> None:
     """Kill all its processes, by their ids."""
-    while found := side.processes():
+    while found := marked(side.folder):
         send(found, signal.SIGKILL)
         side.process.poll()
         time.sleep(0.2)
     side.process.wait()
 
 
-def run_slice(side: Side, server: psutil.Process) -> None:
-    """Let a side alone run for a while."""
-    if side.process.poll() is not None:
-        raise PoseError(f"{side.name} has ended: {(side.folder / 'log').read_text()[-500:]}")
+def take_turn(side: Side, server: psutil.Process) -> None:
+    """Let a side alone run until ``COUNTED_STEPS`` of its steps are timed."""
     if side.name != "bare":
         send([server], signal.SIGCONT)
-    known = side.processes()
-    begin = time.time()
-    send(known, signal.SIGCONT)
-    time.sleep(SLICE_SECONDS)
-    send(known, signal.SIGSTOP)
-    side.slices.append((begin, time.time()))
-    send(side.processes(), signal.SIGSTOP)  # what it has started meanwhile
+    send(marked(side.folder), signal.SIGCONT)
+    since = time.time()
+    wait_for(f"{COUNTED_STEPS} steps", side, lambda: bool(side.seconds(since)))
+    took, *without = side.seconds(since)
+    side.turns.append(took)
+    side.without += without
+    send(marked(side.folder), signal.SIGSTOP)
     send([server], signal.SIGSTOP)
 
 
 def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -> list[Figure]:
-    """Both ratios, of so many parts with a checkpoint."""
+    """Both ratios, of ``rounds`` turns of each side."""
     ratios: list[float] = []
     costs: list[float] = []
     bare: list[float] = []
     while len(ratios) < rounds:
         own = folder / f"from-round-{len(ratios)}"
         own.mkdir()
-        for without, made in take_turns(own, store, server, min(ROUNDS_A_START, rounds - len(ratios))):
-            ratios.append(made.ratio)
-            costs.append(made.ratio / without.ratio - 1)
-            bare += [without.bare_step_seconds, made.bare_step_seconds]
-    print({"step_ratio": ratios, "checkpoint_overhead": costs, "bare_step_seconds": bare}, file=sys.stderr)
+        plain, whole = take_turns(own, store, server, min(ROUNDS_A_START, rounds - len(ratios)))
+        bare += plain.turns
+        around = [(before + behind) / 2 for before, behind in itertools.pairwise(plain.turns)]
+        ratios += [mine / theirs for mine, theirs in zip(whole.turns, around, strict=True)]
+        costs += [mine / rest - 1 for mine, rest in zip(whole.turns, whole.without, strict=True)]
+    print({"step_ratio": ratios, "checkpoint_overhead": costs, "bare": bare}, file=sys.stderr)
     return [
         Figure("step_ratio", statistics.median(ratios), "x", 1.03, rounds),
         Figure("checkpoint_overhead", statistics.median(costs), "x", 0.02, rounds),
-        Figure("bare_step_seconds", statistics.median(bare), "s", None, len(bare)),
+        Figure("bare_step_seconds", statistics.median(bare) / COUNTED_STEPS, "s", None, len(bare)),
     ]
 
 
-def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int) -> list[tuple[Part, Part]]:
-    """Start both sides and let them run by turns: ``rounds`` times a part without a checkpoint and one with it."""
+def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int) -> tuple[Side, Side]:
+    """Start both sides and let them take turns: bare, whole, bare and so on."""
     checkpoints = f"training.checkpoint_every_steps={CHECKPOINT_STEPS}"
     sides: list[Side] = []
-    firsts = range(WARM_STEPS, WARM_STEPS + rounds * CHECKPOINT_STEPS, CHECKPOINT_STEPS)
     try:
         for begin in (
             partial(start_bare, folder / "bare", store),
             partial(start_phase, f"whole-{folder.name}", folder / "whole", store, checkpoints),
         ):
             sides.append(side := begin())
-            wait_for("its first steps", side, partial(reached, side, WARM_STEPS // LOG_STEPS - 4))
-            send(side.processes(), signal.SIGSTOP)
+            wait_for("its first steps", side, partial(reached, side, 2 * LOG_STEPS))
+            send(marked(side.folder), signal.SIGSTOP)
         bare, whole = sides
-        run_slice(bare, server)
-        while firsts[-1] + 2 * PART_STEPS not in whole.steps():
-            run_slice(whole, server)
-            run_slice(bare, server)
-        return [(part(bare, whole, first), part(bare, whole, first + PART_STEPS)) for first in firsts]
+        for _ in range(rounds):
+            take_turn(bare, server)
+            take_turn(whole, server)
+        take_turn(bare, server)
     finally:
         send([server], signal.SIGCONT)
         for side in sides:
             end(side)
-
-
-@dataclass(frozen=True)
-class Part:
-    """``PART_STEPS`` steps of ``whole`` over as many of ``bare``, and what one of those took."""
-
-    ratio: float
-    bare_step_seconds: float
-
-
-def part(bare: Side, whole: Side, first: int) -> Part:
-    """The part behind step ``first`` beside the bare steps of the slices within it and of those around it."""
-    times = whole.steps()
-    since, until = times[first], times[first + PART_STEPS]
-    around = 2 * SLICE_SECONDS
-    plain = bare.step_seconds(since - around, until + around)
-    return Part(whole.ran(since, until) / PART_STEPS / plain, plain)
+    return bare, whole
 
 
 def recovery(folder: Path, store: Store, kills: int, rng: random.Random) -> Figure:
@@ -325,7 +308,7 @@ def recovery(folder: Path, store: Store, kills: int, rng: random.Random) -> Figu
     try:
         for _ in range(kills):
             wait_for("some steps", side, partial(reached, side, 20, time.time()))
-            found = [each for each in side.processes() if "ray::RayTrainWorker" in "".join(each.cmdline()[:1])]
+            found = [each for each in marked(side.folder) if "ray::RayTrainWorker" in "".join(each.cmdline()[:1])]
             rng.choice(found).kill()
             killed = time.time()
             # Both ranks are needed for a step: what the other one was about to tell is of the step under way.
@@ -357,8 +340,7 @@ def run(arguments: argparse.Namespace) -> None:
     show(figures)
     conditions = {
         "ranks": RANKS,
-        "steps_a_part": PART_STEPS,
-        "slice_seconds": SLICE_SECONDS,
+        "steps_a_turn": COUNTED_STEPS,
         "rounds": arguments.rounds,
         "load_average_at_the_end": round(os.getloadavg()[0], 2),
     }
@@ -369,9 +351,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rounds", type=int, default=8, help="parts with a checkpoint (default: 8; 0 leaves ratios out)"
-    )
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each side (default: 8; 0 leaves ratios out)")
     parser.add_argument("--kills", type=int, default=5, help="workers killed, one after the other (default: 5)")
     parser.add_argument("--record", action="store_true", help="also append to results/orchestration_overhead.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
