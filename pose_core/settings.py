@@ -195,8 +195,9 @@ class PrimingSettings(RenoisedSection):
     learning_rate: LearningRate = 5e-4
     fake_learning_rate: LearningRate = 1e-3
     adam_beta1: Decay = 0.0
-    """AdamW's beta1, of both turns; DMD2 reads it, too. Without momentum text to video keeps more of the teacher: mean
-    84.7 instead of 81.4, motion 0.82 instead of 0.68 on the digits (two seeds); DMD2 85.8 instead of 80.9 (one)."""
+    """AdamW's beta1, of both turns; DMD2 reads it, too. Unspecified in paper. Without momentum text to video keeps more
+    of the teacher: mean 84.7 instead of 81.4, motion 0.82 instead of 0.68 on the digits (two seeds); DMD2 85.8 instead
+    of 80.9 (one)."""
     fake_lora_rank: PositiveInt = 16
     fake_updates: PositiveInt = 1
     """Fake-score updates a generator update."""
@@ -220,8 +221,9 @@ class EquilibriumSettings(RenoisedSection):
     """Image to video gains from 3e-4 on the digits, where conditional SDS keeps it stable (mean 85.9 to 88.4)."""
     heads_learning_rate: LearningRate = 1e-3
     adam_beta1: Decay = 0.0
-    """AdamW's beta1, of both turns. At a learning rate of 1e-4 text to video ends at a mean of 50 with 0.9, and at 81
-    without momentum (digits, one seed); image to video measured 88.5 and 88.1."""
+    """AdamW's beta1, of both turns. Unspecified in paper. At a learning rate of 1e-4 text to video ends at a mean of 50
+    with 0.9, and at 81 without momentum (digits, one seed, other settings differ, too); image to video measured 88.5
+    and 88.1."""
     ema_decay: Decay = 0.98
     feature_blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3)
     """Backbone blocks whose output the heads judge."""

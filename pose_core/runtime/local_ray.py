@@ -38,7 +38,7 @@ _HEAD_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Else Ray waits up to 30 s for work that we want to end.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    # What Ray looks at for a dashboard of many nodes costs two busy cores a percent of their time: here less often.
+    # Ray looks ten times a second after what a dashboard of many nodes needs; here training shares its cores.
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # from so many files on the next holds
     "LOG_NAME_UPDATE_INTERVAL_S": "2",
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "1",

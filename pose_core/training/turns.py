@@ -41,7 +41,10 @@ Loss = Callable[[Networks, Batch, Draws], Losses]
 
 @dataclass(frozen=True)
 class Turn:
-    """One share of a step: ``updates`` gives the learning rate of each group of ``Networks.groups()`` that moves."""
+    """One share of a step: ``updates`` gives the learning rate of each group of ``Networks.groups()`` that moves.
+
+    ``adam_beta1`` is the momentum of their optimisers, ``repeats`` how often a step takes it.
+    """
 
     name: str
     updates: dict[str, float]

@@ -14,8 +14,9 @@ from spawned import run_ranks
 from spoiling import beside_a_bad_loss, everywhere, in_the_gradient, spoiled
 from torch import Tensor
 
+from pose_core import config
 from pose_core.errors import PoseError
-from pose_core.training import loop
+from pose_core.training import build, loop
 
 CURVES = {
     "priming": {
@@ -108,6 +109,14 @@ def test_each_turns_optimizer_holds_its_own_parameters_and_learning_rate(tiny_fo
         (group,) = optimizers[name].param_groups
         assert [id(parameter) for parameter in group["params"]] == [id(p) for p in groups[name].values()]
         assert (group["lr"], group["betas"][0], group["weight_decay"]) == (rate, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("method", ["pose", "dmd2", "apt", "ladd", "lcm"])
+def test_a_methods_momentum_is_that_of_the_section_it_reads(method: str) -> None:
+    own = "priming.adam_beta1=0.1", "equilibrium.adam_beta1=0.2", "rivals.adam_beta1=0.3"
+    settings = config.load("", [f"method.name={method}", *own])
+    found = [{turn.adam_beta1 for turn in build.phase_turns(phase, settings)} for phase in ("priming", "equilibrium")]
+    assert found == {"pose": [{0.1}, {0.2}], "dmd2": [{0.1}, {0.1}]}.get(method, [{0.3}, {0.3}])
 
 
 def test_more_fake_updates_move_the_fake_score_further_and_the_generator_still_once(tiny_folder: Path) -> None:
