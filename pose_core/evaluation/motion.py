@@ -32,6 +32,8 @@ STILL_SHARE_OF_SIDE = 0.25 / SIDE_PIXELS
 """Speed below which a video is a still picture: less than the flow can tell from coding noise."""
 WINDOW, COARSEST_SIDE, ITERATIONS, FLAT, EXPLAINED = 7, 16, 5, 4.0, 0.5
 """Of the flow: side of the window, of the coarsest picture, steps a scale, and squared gradient that counts as flat."""
+PAIRS_AT_ONCE = 4
+"""Pairs of frames that the flow is found of together: one by one takes half as long again, more leave the cache."""
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
@@ -68,14 +70,14 @@ def measure(video: np.ndarray, frames_per_second: float, first_frame: np.ndarray
     start = video[0] if first_frame is None else first_frame
     drift = fmean(_drift(frame, start) for frame in video[1:])
     step = max(1, round(frames_per_second / FRAMES_PER_SECOND))
+    step = min(step, len(video) - 1)  # a video may be shorter than a step
+    seen = torch.stack([_grey(frame) for frame in video[::step]])
     speeds, flickers = [], []
-    for before, after in zip(video[:-step:step], video[step::step], strict=False):
-        speed, flicker = _pair(_grey(before), _grey(after))
-        speeds.append(speed)
-        flickers.append(flicker)
-    if not speeds:  # shorter than one step
-        speed, flicker = _pair(_grey(video[0]), _grey(video[-1]))
-        speeds, flickers, step = [speed], [flicker], len(video) - 1
+    for start_pair in range(0, len(seen) - 1, PAIRS_AT_ONCE):
+        some = seen[start_pair : start_pair + PAIRS_AT_ONCE + 1]
+        speed, flicker = _pairs(some[:-1], some[1:])
+        speeds += speed
+        flickers += flicker
     wanted = max(1, round(DYNAMIC_PAIRS * (len(speeds) + 1) / OF_FRAMES))
     return Motion(
         speed=fmean(speeds) * frames_per_second / step,
@@ -112,16 +114,16 @@ def collapsed(summaries: Sequence[dict[str, float]], lowest_share: float) -> lis
 
 
 def optical_flow(before: Tensor, after: Tensor) -> Tensor:
-    """Flow ``[2, H, W]`` in pixels, x and y: ``after[y + flow_y, x + flow_x]`` shows what ``before[y, x]`` does.
+    """Flow ``[N, 2, H, W]`` in pixels, x and y: ``after[y + flow_y, x + flow_x]`` shows what ``before[y, x]`` does.
 
-    ``before`` and ``after`` are grey ``[H, W]``, 0..255. Lucas and Kanade's least squares in a window whose
-    brightness may change, iterated from coarse to fine. Where the flow explains less than ``EXPLAINED`` of a
+    ``before`` and ``after`` are N grey pictures ``[N, H, W]``, 0..255. Lucas and Kanade's least squares in a window
+    whose brightness may change, iterated from coarse to fine. Where the flow explains less than ``EXPLAINED`` of a
     window's change (noise, what comes into sight), it is 0: a flow must earn its place.
     """
-    pyramid = [(before[None, None], after[None, None])]
+    pyramid = [(before[:, None], after[:, None])]
     while min(pyramid[-1][0].shape[-2:]) >= 2 * COARSEST_SIDE:
         pyramid.append(tuple(F.avg_pool2d(picture, 2) for picture in pyramid[-1]))  # type: ignore[arg-type]
-    flow = torch.zeros(1, 2, *pyramid[-1][0].shape[-2:])
+    flow = torch.zeros(len(before), 2, *pyramid[-1][0].shape[-2:])
     for first, second in reversed(pyramid):
         if flow.shape[-2:] != first.shape[-2:]:
             flow = 2 * F.interpolate(flow, first.shape[-2:], mode="bilinear", align_corners=False)
@@ -129,25 +131,25 @@ def optical_flow(before: Tensor, after: Tensor) -> Tensor:
             flow = _solve(first, _warp(second, flow), flow)
     first, second = pyramid[0]
     change, rest = (_covariance(each, each) for each in (second - first, _warp(second, flow) - first))
-    return torch.where(rest < (1 - EXPLAINED) * change, flow, 0.0)[0]
+    return torch.where(rest < (1 - EXPLAINED) * change, flow, 0.0)
 
 
-def _pair(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Way of the fastest part in shorter sides, and mean unexplained change, of two grey pictures ``[H, W]``."""
-    height, width = before.shape
+def _pairs(before: Tensor, after: Tensor) -> tuple[list[float], list[float]]:
+    """Way of the fastest part in shorter sides, and mean unexplained change, of N grey pairs ``[N, H, W]``."""
+    height, width = before.shape[-2:]
     scale = SIDE_PIXELS / min(height, width)
     size = (round(height * scale), round(width * scale))
     small = [_resize(picture, size) for picture in (before, after)]
     flow = optical_flow(*small)
-    speeds = flow.square().sum(0).sqrt().flatten()
-    fastest = speeds.topk(max(1, round(MOVING_PART * speeds.numel()))).values.mean().item() / SIDE_PIXELS
-    back = F.interpolate(flow[None] / scale, (height, width), mode="bilinear", align_corners=False)
-    moved = (_warp(after[None, None], back)[0, 0] - before).abs()
-    return fastest, torch.minimum(moved, (after - before).abs()).mean().item()
+    speeds = flow.square().sum(1).sqrt().flatten(1)
+    fastest = speeds.topk(max(1, round(MOVING_PART * speeds.shape[1]))).values.mean(1) / SIDE_PIXELS
+    back = F.interpolate(flow / scale, (height, width), mode="bilinear", align_corners=False)
+    moved = (_warp(after[:, None], back)[:, 0] - before).abs()
+    return fastest.tolist(), torch.minimum(moved, (after - before).abs()).mean((1, 2)).tolist()
 
 
 def _solve(first: Tensor, second: Tensor, flow: Tensor) -> Tensor:
-    """The flow ``[1, 2, H, W]`` of least squares, given ``second [1, 1, H, W]`` as read along ``flow``.
+    """The flow ``[N, 2, H, W]`` of least squares, given ``second [N, 1, H, W]`` as read along ``flow``.
 
     One flow a window has to explain what is left and what its pixels' own flows have explained, else neighbours drift
     apart and the iteration diverges.
@@ -186,17 +188,17 @@ def _window_sum(picture: Tensor, dim: int) -> Tensor:
 
 
 def _warp(picture: Tensor, flow: Tensor) -> Tensor:
-    """``picture [1, 1, H, W]`` read at ``flow [1, 2, H, W]`` pixels from each place."""
+    """``picture [N, 1, H, W]`` read at ``flow [N, 2, H, W]`` pixels from each place."""
     height, width = picture.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([x + flow[0, 0], y + flow[0, 1]], dim=-1)
+    places = torch.stack([x + flow[:, 0], y + flow[:, 1]], dim=-1)
     grid = (2 * places + 1) / torch.tensor([width, height]) - 1
-    return F.grid_sample(picture, grid[None], padding_mode="border", align_corners=False)
+    return F.grid_sample(picture, grid, padding_mode="border", align_corners=False)
 
 
 def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    mode = "area" if size[0] < picture.shape[0] else "bilinear"
-    return F.interpolate(picture[None, None], size, mode=mode)[0, 0]
+    mode = "area" if size[0] < picture.shape[-2] else "bilinear"
+    return F.interpolate(picture[:, None], size, mode=mode)[:, 0]
 
 
 def _grey(frame: np.ndarray) -> Tensor:

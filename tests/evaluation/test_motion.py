@@ -38,7 +38,7 @@ STILL = video([texture(128, 160)] * 9)
 def test_the_flow_of_a_shifted_picture_is_its_shift(x: int, y: int) -> None:
     before = texture(128, 160)[..., 0]
     after = np.roll(before, (y, x), axis=(0, 1))
-    flow = optical_flow(torch.tensor(before).float(), torch.tensor(after).float())
+    flow = optical_flow(torch.tensor(before)[None].float(), torch.tensor(after)[None].float())[0]
     inside = flow[:, 24:-24, 24:-24].flatten(1).median(dim=1).values
     assert torch.allclose(inside, torch.tensor([x, y]).float(), atol=0.1)
 
