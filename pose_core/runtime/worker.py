@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
+import sys
 import tempfile
 import time
 import warnings
@@ -42,6 +44,7 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
     """One rank of a phase: build, restore, train, and on rank 0 write the averaged generator; figures of the rank."""
     job = config["job"]
     settings = job.settings
+    leave_batch_work()
     # FSDP warns that a view it returned must not be changed in place; nothing here does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     if settings.training.threads_per_worker:
@@ -86,6 +89,13 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         watch.finish()
         _write_result(job, networks, Path(scratch))
         return watch.figures
+
+
+def leave_batch_work() -> None:
+    """Let the kernel wake this process at once, its collectives' threads too; see how ``local_ray`` starts Ray."""
+    for thread in os.listdir("/proc/self/task") if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # the thread has ended, or a container forbids it
+            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -149,6 +150,24 @@ def test_workers_get_the_secrets_and_nothing_shows_them(head: LocalRay) -> None:
     for text in [*commands, *(log.read_text(errors="replace") for log in logs)]:
         assert SECRET not in text
         assert token not in text
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has batch work")
+def test_ray_interrupts_no_worker_that_trains(head: LocalRay) -> None:
+    """Ray's own processes are batch work, a rank with every thread that it has is none."""
+    program = (
+        "import os, threading, ray; from pose_core.runtime.worker import leave_batch_work\n"
+        "def policies():\n"
+        "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "    before, own = os.sched_getscheduler(0), os.listdir('/proc/self/task')\n"
+        "    leave_batch_work()\n"
+        "    return before, {os.sched_getscheduler(int(thread)) for thread in own}\n"
+        "ray.init(); print('policies', *ray.get(ray.remote(policies).remote()))"
+    )
+    lines: list[str] = []
+    run_job(connect(), "policies", shlex.join([sys.executable, "-c", program]), {}, on_line=lines.append)
+    assert f"policies {os.SCHED_BATCH} {{{os.SCHED_OTHER}}}" in lines
 
 
 @pytest.mark.integration
