@@ -1,16 +1,19 @@
 """What Ray Train, data, tracking and checkpoints cost a training step, and how soon a killed worker is made good.
 
-Two sides train the demo's first phase on two ranks each, and take turns on the same machine, the other one stopped by
+Two sides train the demo's first phase on two ranks each, and run by turns on the same machine, the other one stopped by
 SIGSTOP meanwhile:
 
     bare         two processes in a plain loop over batches in memory; Ray and the store are stopped, too
-    whole        Ray Train with data, MLflow and an asynchronous checkpoint to object storage every 100 steps
+    whole        Ray Train with data, MLflow and an asynchronous checkpoint to object storage every 50 steps
 
-A turn of ``bare`` counts as the time of 50 steps in a row; one of ``whole`` as that of 50 steps in which a checkpoint
-is made, and of 50 beside them in which none is. ``step_ratio`` is ``whole``'s steps with a checkpoint over the mean of
-the bare turns before and behind it, ``checkpoint_overhead`` over its own steps without: both the median. Two processes
-that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few turns.
-``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
+A turn is a few seconds long, so that a machine which grows slower does so for both sides, and not always as long, so
+that a checkpoint may fall anywhere in it; its first seconds, in which what was stopped catches up with what it has
+missed, are not counted. A turn of ``whole`` counts as the time of its steps over that of the bare turns around it.
+``step_ratio`` is the mean of a round of such turns, with whatever checkpoints fell into it, and of all rounds the
+median. ``checkpoint_overhead`` is what turns that hold a whole checkpoint took longer than those that hold none, over
+the time of 50 steps. Two processes that do the same differ by up to 2 % for as long as they live, so both sides are
+started anew every few rounds. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is
+finished.
 """
 
 from __future__ import annotations
@@ -52,12 +55,13 @@ from pose_core.training.state import Batch
 
 PROJECT = Path(__file__).resolve().parents[1]
 MARK = "STARTED_BY_BENCHMARK_IN"
-COUNTED_STEPS, CHECKPOINT_STEPS, RANKS = 50, 100, 2
-ROUNDS_A_START = 2
+CHECKPOINT_STEPS, RANKS = 50, 2
+TURN_SECONDS, UNCOUNTED_SECONDS = (11.0, 17.0), 4.0
+TURNS_A_ROUND, ROUNDS_A_START = 8, 2
 LOG_STEPS = 2
 """As the demo: the time of every second step is known, from MLflow."""
-CHECKPOINT_WITHIN = range(4, 31)
-"""Steps that pass before a checkpoint begins, of the ``COUNTED_STEPS`` that hold it."""
+CHECKPOINT_TAKES_STEPS = 6
+"""Steps from a checkpoint's to the one by which it is stored for certain: four seconds."""
 STAGE, ENDLESS = "stability_priming", 1_000_000
 SETTINGS = [
     *(f"priming.steps={ENDLESS}", f"training.sample_every_steps={ENDLESS}", "training.sample_clips=1"),
@@ -68,6 +72,29 @@ Times = dict[int, float]
 """When a step was finished, in Unix seconds."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What was finished in the counted seconds of a turn."""
+
+    times: Times
+
+    @property
+    def step_seconds(self) -> float:
+        first, last = min(self.times), max(self.times)
+        return (self.times[last] - self.times[first]) / (last - first)
+
+    @property
+    def steps(self) -> int:
+        return max(self.times) - min(self.times)
+
+    def checkpoints(self) -> int | None:
+        """How many it holds, each whole; None if one is not or may not be whole in it."""
+        first, last = min(self.times), max(self.times)
+        begun = [step for step in range(first - CHECKPOINT_TAKES_STEPS, last + 1) if step % CHECKPOINT_STEPS == 0]
+        whole = [step for step in begun if first <= step and step + CHECKPOINT_TAKES_STEPS <= last]
+        return len(whole) if begun == whole else None
+
+
 @dataclass
 class Side:
     """One of those that take turns: its processes, and where it tells of its steps."""
@@ -75,10 +102,7 @@ class Side:
     name: str
     folder: Path
     process: subprocess.Popen[Any]
-    turns: list[float] = field(default_factory=list)
-    """Seconds that ``COUNTED_STEPS`` took in each turn, with a checkpoint where there are any."""
-    without: list[float] = field(default_factory=list)
-    """The same without one."""
+    turns: list[Turn] = field(default_factory=list)
 
     def steps(self) -> Times:
         """All that it has finished so far."""
@@ -87,25 +111,9 @@ class Side:
             return {number: float(line) for number, line in enumerate(file.read_text().splitlines(), start=1)}
         return mlflow_steps(self.folder)
 
-    def seconds(self, since: float) -> list[float]:
-        """What ``COUNTED_STEPS`` have taken from ``since`` on; as long as there were not so many, nothing.
-
-        With checkpoints: as many steps with one, then as many without.
-        """
-        times = {step: at for step, at in self.steps().items() if at > since}
-        # The first two points may be of steps that were under way when it was stopped.
-        for first in sorted(times)[2:]:
-            ends = [first, first + COUNTED_STEPS, first + 2 * COUNTED_STEPS][: 2 if self.name == "bare" else 3]
-            if ends[-1] not in times:
-                return []
-            parts = [times[end] - times[start] for start, end in itertools.pairwise(ends)]
-            if self.name == "bare":
-                return parts
-            # The checkpoint begins and ends well within one part.
-            ahead = -first % CHECKPOINT_STEPS
-            if ahead % COUNTED_STEPS in CHECKPOINT_WITHIN:
-                return parts if ahead < COUNTED_STEPS else parts[::-1]
-        return []
+    def between(self, since: float, until: float) -> Turn:
+        """The steps that it finished between two times."""
+        return Turn({step: at for step, at in self.steps().items() if since <= at <= until})
 
 
 def mlflow_steps(folder: Path) -> Times:
@@ -242,43 +250,85 @@ def end(side: Side) -> None:
     side.process.wait()
 
 
-def take_turn(side: Side, server: psutil.Process) -> None:
-    """Let a side alone run until ``COUNTED_STEPS`` of its steps are timed."""
+def take_turn(side: Side, server: psutil.Process, seconds: float) -> None:
+    """Let a side alone run for so long."""
     if side.name != "bare":
         send([server], signal.SIGCONT)
     send(marked(side.folder), signal.SIGCONT)
-    since = time.time()
-    wait_for(f"{COUNTED_STEPS} steps", side, lambda: bool(side.seconds(since)))
-    took, *without = side.seconds(since)
-    side.turns.append(took)
-    side.without += without
+    began = time.time()
+    time.sleep(seconds)
+    if side.process.poll() is not None:
+        raise PoseError(f"{side.name} has ended: {(side.folder / 'log').read_text()[-500:]}")
+    ended = time.time()
+    # What it tells of its last steps may be under way.
+    wait_for("telling its steps", side, lambda: any(at > ended - 1 for at in side.steps().values()))
     send(marked(side.folder), signal.SIGSTOP)
     send([server], signal.SIGSTOP)
+    side.turns.append(side.between(began + UNCOUNTED_SECONDS, ended))
 
 
 def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -> list[Figure]:
-    """Both ratios, of ``rounds`` turns of each side."""
-    ratios: list[float] = []
-    costs: list[float] = []
+    """Both ratios, of ``rounds`` rounds."""
+    rng = random.Random(0)
+    pairs: list[Pair] = []
     bare: list[float] = []
-    while len(ratios) < rounds:
-        own = folder / f"from-round-{len(ratios)}"
+    while len(pairs) < rounds * TURNS_A_ROUND:
+        own = folder / f"from-turn-{len(pairs)}"
         own.mkdir()
-        plain, whole = take_turns(own, store, server, min(ROUNDS_A_START, rounds - len(ratios)))
-        bare += plain.turns
-        around = [(before + behind) / 2 for before, behind in itertools.pairwise(plain.turns)]
-        ratios += [mine / theirs for mine, theirs in zip(whole.turns, around, strict=True)]
-        costs += [mine / rest - 1 for mine, rest in zip(whole.turns, whole.without, strict=True)]
-    print({"step_ratio": ratios, "checkpoint_overhead": costs, "bare": bare}, file=sys.stderr)
+        left = rounds - len(pairs) // TURNS_A_ROUND
+        lengths = [rng.uniform(*TURN_SECONDS) for _ in range(TURNS_A_ROUND * min(ROUNDS_A_START, left))]
+        plain, whole = take_turns(own, store, server, lengths)
+        pairs += in_pairs(plain.turns, whole.turns)
+        bare += [turn.step_seconds for turn in plain.turns]
+    means = [
+        statistics.mean(pair.ratio for pair in pairs[first : first + TURNS_A_ROUND])
+        for first in range(0, len(pairs), TURNS_A_ROUND)
+    ]
+    told = [[round(pair.ratio, 3), pair.checkpoints] for pair in pairs]
+    print({"rounds": [round(mean, 4) for mean in means], "turns": told}, file=sys.stderr)
+    held = sum(pair.checkpoints or 0 for pair in pairs)
     return [
-        Figure("step_ratio", statistics.median(ratios), "x", 1.03, rounds),
-        Figure("checkpoint_overhead", statistics.median(costs), "x", 0.02, rounds),
-        Figure("bare_step_seconds", statistics.median(bare) / COUNTED_STEPS, "s", None, len(bare)),
+        Figure("step_ratio", statistics.median(means), "x", 1.03, rounds),
+        Figure("checkpoint_overhead", checkpoint_share(pairs), "x", 0.02, held),
+        Figure("bare_step_seconds", statistics.median(bare), "s", None, len(bare)),
     ]
 
 
-def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int) -> tuple[Side, Side]:
-    """Start both sides and let them take turns: bare, whole, bare and so on."""
+@dataclass(frozen=True)
+class Pair:
+    """A turn of ``whole`` beside the bare ones around it: time of a step over theirs, steps, whole checkpoints."""
+
+    ratio: float
+    steps: int
+    checkpoints: int | None
+
+
+def in_pairs(bare: Sequence[Turn], whole: Sequence[Turn]) -> list[Pair]:
+    """Each turn of ``whole`` with the one of ``bare`` before it and the one behind it."""
+    around = [(before.step_seconds + behind.step_seconds) / 2 for before, behind in itertools.pairwise(bare)]
+    return [
+        Pair(turn.step_seconds / plain, turn.steps, turn.checkpoints())
+        for turn, plain in zip(whole, around, strict=True)
+    ]
+
+
+def checkpoint_share(pairs: Sequence[Pair]) -> float:
+    """What a checkpoint costs, over the time of the steps from one to the next.
+
+    Raises:
+        PoseError: too few turns hold one, or none.
+    """
+    without = [pair.ratio for pair in pairs if pair.checkpoints == 0]
+    having = [pair for pair in pairs if pair.checkpoints == 1]
+    if not without or not having:
+        raise PoseError("no turn holds a whole checkpoint, or each does: --rounds must be larger")
+    plain = statistics.mean(without)
+    extra_steps = statistics.mean((pair.ratio - plain) * pair.steps for pair in having)
+    return extra_steps / (plain * CHECKPOINT_STEPS)
+
+
+def take_turns(folder: Path, store: Store, server: psutil.Process, lengths: Sequence[float]) -> tuple[Side, Side]:
+    """Start both sides and let them take turns of so many seconds: bare, whole, bare and so on."""
     checkpoints = f"training.checkpoint_every_steps={CHECKPOINT_STEPS}"
     sides: list[Side] = []
     try:
@@ -290,10 +340,10 @@ def take_turns(folder: Path, store: Store, server: psutil.Process, rounds: int) 
             wait_for("its first steps", side, partial(reached, side, 2 * LOG_STEPS))
             send(marked(side.folder), signal.SIGSTOP)
         bare, whole = sides
-        for _ in range(rounds):
-            take_turn(bare, server)
-            take_turn(whole, server)
-        take_turn(bare, server)
+        for seconds in lengths:
+            take_turn(bare, server, seconds)
+            take_turn(whole, server, seconds)
+        take_turn(bare, server, lengths[-1])
     finally:
         send([server], signal.SIGCONT)
         for side in sides:
@@ -340,7 +390,8 @@ def run(arguments: argparse.Namespace) -> None:
     show(figures)
     conditions = {
         "ranks": RANKS,
-        "steps_a_turn": COUNTED_STEPS,
+        "counted_seconds_a_turn": [seconds - UNCOUNTED_SECONDS for seconds in TURN_SECONDS],
+        "turns_a_round": TURNS_A_ROUND,
         "rounds": arguments.rounds,
         "load_average_at_the_end": round(os.getloadavg()[0], 2),
     }
@@ -351,7 +402,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each side (default: 8; 0 leaves ratios out)")
+    parser.add_argument("--rounds", type=int, default=8, help="of eight turns (default: 8; 0 leaves ratios out)")
     parser.add_argument("--kills", type=int, default=5, help="workers killed, one after the other (default: 5)")
     parser.add_argument("--record", action="store_true", help="also append to results/orchestration_overhead.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
