@@ -13,8 +13,8 @@ from pose_core.errors import PoseError
     ("first", "last", "whole"),
     [
         (60, 80, 0),
-        (98, 112, 1),  # 100 to 106
-        (94, 104, None),  # not yet stored at the end
+        (98, 112, 1),  # 100 to 104
+        (94, 102, None),  # not yet stored at the end
         (52, 70, None),  # begun before it
         (44, 110, 2),
     ],
