@@ -10,10 +10,9 @@ A turn is a few seconds long, so that a machine which grows slower does so for b
 that a checkpoint may fall anywhere in it; its first seconds, in which what was stopped catches up with what it has
 missed, are not counted. A turn of ``whole`` counts as the time of its steps over that of the bare turns around it.
 ``step_ratio`` is the mean of a round of such turns, with whatever checkpoints fell into it, and of all rounds the
-median. ``checkpoint_overhead`` is what turns that hold a whole checkpoint took longer than those that hold none, over
-the time of 50 steps. Two processes that do the same differ by up to 2 % for as long as they live, so both sides are
-started anew every few rounds. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is
-finished.
+median. ``checkpoint_overhead`` is how that grows with the whole checkpoints a turn holds, over the time of 50 steps.
+Two processes that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few
+rounds. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
 """
 
 from __future__ import annotations
@@ -264,7 +263,10 @@ def take_turn(side: Side, server: psutil.Process, seconds: float) -> None:
     wait_for("telling its steps", side, lambda: any(at > ended - 1 for at in side.steps().values()))
     send(marked(side.folder), signal.SIGSTOP)
     send([server], signal.SIGSTOP)
-    side.turns.append(side.between(began + UNCOUNTED_SECONDS, ended))
+    turn = side.between(began + UNCOUNTED_SECONDS, ended)
+    if len(turn.times) < 2:
+        raise PoseError(f"{side.name} finished no two steps in {seconds:.0f} s: this machine is too slow, or too busy")
+    side.turns.append(turn)
 
 
 def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -> list[Figure]:
@@ -313,18 +315,17 @@ def in_pairs(bare: Sequence[Turn], whole: Sequence[Turn]) -> list[Pair]:
 
 
 def checkpoint_share(pairs: Sequence[Pair]) -> float:
-    """What a checkpoint costs, over the time of the steps from one to the next.
+    """What a checkpoint costs, over the time of the steps from one to the next: the slope over checkpoints a step.
 
     Raises:
-        PoseError: too few turns hold one, or none.
+        PoseError: all turns hold as many.
     """
-    without = [pair.ratio for pair in pairs if pair.checkpoints == 0]
-    having = [pair for pair in pairs if pair.checkpoints == 1]
-    if not without or not having:
-        raise PoseError("no turn holds a whole checkpoint, or each does: --rounds must be larger")
-    plain = statistics.mean(without)
-    extra_steps = statistics.mean((pair.ratio - plain) * pair.steps for pair in having)
-    return extra_steps / (plain * CHECKPOINT_STEPS)
+    known = [(pair.checkpoints / pair.steps, pair.ratio) for pair in pairs if pair.checkpoints is not None]
+    try:
+        steps, plain = statistics.linear_regression(*zip(*known, strict=True))
+    except (statistics.StatisticsError, TypeError):
+        raise PoseError("turns with and without a checkpoint are needed: --rounds must be larger") from None
+    return steps / (plain * CHECKPOINT_STEPS)
 
 
 def take_turns(folder: Path, store: Store, server: psutil.Process, lengths: Sequence[float]) -> tuple[Side, Side]:

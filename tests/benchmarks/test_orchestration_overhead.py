@@ -38,7 +38,8 @@ def test_a_machine_that_grows_slower_does_so_for_both_sides(slower_every_second:
 
 def test_a_checkpoint_costs_what_turns_with_one_take_longer() -> None:
     """One step's time in ten, over fifty steps; turns that hold a part of one are left out."""
-    pairs = [Pair(1.0, 12, 0), Pair(1.1, 10, 1), Pair(1.0, 11, 0), Pair(1.05, 20, 1), Pair(3.0, 10, None)]
+    pairs = [Pair(1.0, 12, 0), Pair(1.1, 10, 1), Pair(1.0, 11, 0), Pair(1.1, 20, 2), Pair(3.0, 10, None)]
     assert benchmark.checkpoint_share(pairs) == pytest.approx(1 / 50)
-    with pytest.raises(PoseError, match="--rounds"):
-        benchmark.checkpoint_share(pairs[:1])
+    for too_few in (pairs[:1], pairs[-1:], pairs[::2]):
+        with pytest.raises(PoseError, match="--rounds"):
+            benchmark.checkpoint_share(too_few)
