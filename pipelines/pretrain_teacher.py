@@ -3,8 +3,8 @@
     python pipelines/pretrain_teacher.py --task i2v --out pipelines/configs/teachers/digits_i2v
 
 takes hours on one core, continues where it stopped, and writes a diffusers folder that the stock Wan pipelines load.
-Both tasks share the VAE and the clips' latents in the folder ``--work``. Text to video is learnt sooner
-by a transformer that knows the domain: ``--task t2v --start-from pipelines/configs/teachers/digits_i2v``.
+Text to video is learnt sooner by a transformer that knows the domain, and takes its VAE with it:
+``--task t2v --start-from pipelines/configs/teachers/digits_i2v``. One of the same task is trained on likewise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main() -> None:
         small.copy_weights(arguments.start_from, pipeline)
     pipeline.to(arguments.device)
     with bars() as progress:
-        train_vae(pipeline, videos, arguments, progress)
+        if arguments.start_from is None:
+            train_vae(pipeline, videos, arguments, progress)
         if arguments.only_vae:
             return
         train_teacher(pipeline, videos, texts, arguments, progress)
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("i2v", "t2v"), default="i2v")
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the diffusers folder")
-    parser.add_argument("--start-from", type=Path, help="teacher whose weights the new one begins with where they fit")
+    parser.add_argument("--start-from", type=Path, help="teacher to take the VAE from and to begin with")
     parser.add_argument("--work", type=Path, default=Path(".pose/pretrain"), help="checkpoints and encoded clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
@@ -61,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
     parser.add_argument("--teacher-steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--timestep-shift", type=float, default=1.0, help="above 1: more of the times near noise")
     return parser.parse_args()
 
 
@@ -99,7 +101,7 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
 def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progress: Progress) -> None:
     """Train the transformer and, with it, the text encoder."""
     codec = WanCodec(pipeline, TEXT_TOKENS)
-    x_0, *of_image = (part.to(arguments.device) for part in encode_clips(codec, videos, arguments.work, progress))
+    x_0, *of_image = (part.to(arguments.device) for part in encode_clips(codec, videos, arguments, progress))
     words = pipeline.tokenizer([*texts, ""], max_length=TEXT_TOKENS, padding="max_length", return_tensors="pt")
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     model = Wan(transformer, IMAGE_TOKENS if arguments.task == "i2v" else 0)
@@ -113,7 +115,7 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
         rows = rows.to(arguments.device)
         text = text_encoder(ids, mask).last_hidden_state * mask[..., None]
         condition = Condition(text[:-1], *(part[rows] for part in of_image))
-        return pretraining.teacher_loss(model, x_0[rows], condition, text[-1:], generator)
+        return pretraining.teacher_loss(model, x_0[rows], condition, text[-1:], generator, arguments.timestep_shift)
 
     origin = "" if arguments.start_from is None else f"-from-{arguments.start_from.name}"
     pretraining.fit(
@@ -129,7 +131,9 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
     )
 
 
-def encode_clips(codec: WanCodec, videos: np.ndarray, work: Path, progress: Progress) -> list[torch.Tensor]:
+def encode_clips(
+    codec: WanCodec, videos: np.ndarray, arguments: argparse.Namespace, progress: Progress
+) -> list[torch.Tensor]:
     """Latents and, for image to video, embeddings of the first frames and their latents with mask; kept in ``work``."""
 
     def latents(batch: np.ndarray) -> list[torch.Tensor]:
@@ -143,14 +147,14 @@ def encode_clips(codec: WanCodec, videos: np.ndarray, work: Path, progress: Prog
     wanted = {"latents": latents} | ({"images": images} if codec.has_image else {})
     encoded = []
     for name, encode in wanted.items():
-        cache = work / f"{name}.pt"
+        cache = arguments.work / f"{name}-{arguments.clips}-{arguments.seed}.pt"
         if not cache.is_file():
             report = bar(progress, f"encoding {name}", len(videos))
             parts = []
             for start in range(0, len(videos), 64):
                 parts.append([part.cpu() for part in encode(videos[start : start + 64])])
                 report(min(start + 64, len(videos)), 0.0)
-            work.mkdir(parents=True, exist_ok=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             torch.save([torch.cat(part) for part in zip(*parts, strict=True)], cache)
         encoded += torch.load(cache, weights_only=True)
     return encoded

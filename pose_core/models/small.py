@@ -155,10 +155,11 @@ def build_pipeline(
 
 
 def copy_weights(folder: Path, pipeline: WanPipeline | WanImageToVideoPipeline) -> None:
-    """Begin ``pipeline``'s transformer and text encoder with the weights of the same name in a diffusers folder.
+    """Give ``pipeline`` a diffusers folder's VAE, and begin its transformer and text encoder with those of the folder.
 
     Where a weight takes fewer inputs than the folder's, as the patches of text to video do, the first ones are taken.
     """
+    pipeline.register_modules(vae=AutoencoderKLWan.from_pretrained(folder, subfolder="vae"))
     source = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").state_dict()
     weights = pipeline.transformer.state_dict()
     for name, weight in weights.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pose_core.method.flow import flow_matching
+from pose_core.method.flow import flow_matching, shift_time
 from pose_core.models.small import AutoencoderKLWan, decode_unclamped
 from pose_core.models.video_model import Condition, VideoModel
 
@@ -80,16 +80,21 @@ def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, kl_weight: float = 1.5e-7) -
 
 
 def teacher_loss(
-    model: VideoModel, x_0: Tensor, condition: Condition, null_text: Tensor, generator: torch.Generator
+    model: VideoModel,
+    x_0: Tensor,
+    condition: Condition,
+    null_text: Tensor,
+    generator: torch.Generator,
+    timestep_shift: float = 1.0,
 ) -> Tensor:
-    """Flow matching at uniform times; every tenth prompt is replaced by the empty one for guidance."""
+    """Flow matching at uniform times, shifted; every tenth prompt is replaced by the empty one for guidance."""
     dropped = torch.rand(len(x_0), generator=generator).to(x_0.device) < 0.1
     text = torch.where(dropped[:, None, None], null_text, condition.text)
     condition = condition.with_text(text)
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
     # Evenly spread over the batch: the loss depends so much on the time that independent times would be mostly noise.
     t = (torch.rand((), generator=generator) + torch.arange(len(x_0)) / len(x_0)) % 1
-    t = t[torch.randperm(len(t), generator=generator)].to(x_0.device)
+    t = shift_time(t, timestep_shift)[torch.randperm(len(t), generator=generator)].to(x_0.device)
     return flow_matching(lambda x_t, time: model.velocity(x_t, time, condition), x_0, eps, t)
 
 

@@ -24,8 +24,8 @@ def pretrain(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def weights(teacher: Path) -> dict[str, Tensor]:
-    return load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+def weights(teacher: Path, part: str = "transformer") -> dict[str, Tensor]:
+    return load_file(teacher / part / "diffusion_pytorch_model.safetensors")
 
 
 def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twice(tmp_path: Path) -> None:
@@ -43,3 +43,11 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
 
     pretrain(tmp_path, "--task", "t2v", "--start-from", str(image), "--out", str(text), "--teacher-steps", "1")
     assert WanPipeline.from_pretrained(text).transformer.config.image_dim is None
+    assert not (tmp_path / "work" / "teacher-t2v.pt").exists(), "what starts elsewhere has a checkpoint of its own"
+
+    longer = tmp_path / "longer"
+    more = "--task", "t2v", "--work", str(tmp_path / "elsewhere"), "--start-from", str(text), "--out", str(longer)
+    pretrain(tmp_path, *more, "--seed", "1", "--teacher-steps", "1", "--timestep-shift", "2")
+    assert not (tmp_path / "elsewhere" / "vae.pt").exists()
+    assert all(value.equal(weights(image, "vae")[name]) for name, value in weights(longer, "vae").items())
+    assert not all(value.equal(weights(text)[name]) for name, value in weights(longer).items())
