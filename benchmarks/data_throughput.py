@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray
 import webdataset
-from figures import Figure, positive_int, record, show
+from figures import Figure, record, show
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
@@ -48,6 +48,7 @@ from pose_core.data.shards import parquet_bytes, to_table, write_tar
 from pose_core.data.sources import SOURCES, claim
 from pose_core.errors import PoseError
 from pose_core.runtime.batches import Batches
+from pose_core.runtime.cli import positive_int
 from pose_core.runtime.clip_encoder import clip_encoder
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.local_ray import LocalRay

@@ -4,7 +4,6 @@ that says when, on which machine, with which versions and from which commit it w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -45,13 +44,6 @@ class Figure:
     def row(self) -> dict[str, Any]:
         """The figure as JSON, its value rounded."""
         return asdict(self) | {"value": float(f"{self.value:.4g}")}
-
-
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def show(figures: Sequence[Figure]) -> None:

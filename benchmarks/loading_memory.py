@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import WanTransformer3DModel
-from figures import Figure, positive_int, record, show
+from figures import Figure, record, show
 from torch.distributed.tensor import DTensor
 
 from pose_core.models import families
 from pose_core.models.weights import Weights
+from pose_core.runtime.cli import positive_int
 from pose_core.settings import TrainingSettings
 from pose_core.training import parallel
 

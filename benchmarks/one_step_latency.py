@@ -19,7 +19,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from figures import Figure, positive_int, record, show
+from figures import Figure, record, show
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from pose_core.inference.sampler import OneStepSampler, sample_generator, sample
 from pose_core.models.codec import WanCodec
 from pose_core.models.folders import find_folder
 from pose_core.models.video_model import Condition, VideoModel
+from pose_core.runtime.cli import positive_int
 from pose_core.settings import Settings
 
 STEPS = 50

@@ -20,7 +20,7 @@ import gpu_steps
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from figures import Figure, positive_int, record, show
+from figures import Figure, record, show
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -28,7 +28,7 @@ from pose_core import config
 from pose_core.models import small
 from pose_core.models.parts import clip_shapes
 from pose_core.models.video_model import Condition
-from pose_core.runtime.cli import errors_for_people
+from pose_core.runtime.cli import errors_for_people, positive_int
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.plan import PHASES

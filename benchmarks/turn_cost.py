@@ -18,7 +18,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from figures import Figure, positive_int, record, show
+from figures import Figure, record, show
 from torch import Tensor
 
 from pose_core import config
@@ -26,6 +26,7 @@ from pose_core.method.flow import flow_matching
 from pose_core.models import small
 from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.models.video_model import Condition
+from pose_core.runtime.cli import positive_int
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
 from pose_core.training.plan import PHASES, plan_run

@@ -32,13 +32,13 @@ def parse() -> tuple[Wanted, list[str]]:
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     parser.add_argument("--config", default=str(cli.DEFAULT_CONFIG), help="YAML file (default: the digits demo)")
-    parser.add_argument("--seeds", type=positive, default=3, help="seeds a row, from run.seed on (default: 3)")
+    parser.add_argument("--seeds", type=cli.positive_int, default=3, help="seeds a row, from run.seed on (default: 3)")
     parser.add_argument("--only", type=names, default=(), metavar="ROW,ROW", help="make only these rows")
     parser.add_argument(
         "--tables", type=tables, default=tuple(TABLES), help="equal generator updates, equal CPU time (updates,time)"
     )
     parser.add_argument("--split", choices=HELDOUT, default="test", help="clips that are scored (default: test)")
-    parser.add_argument("--parallel", type=positive, default=2, help="rows at a time, a core each (default: 2)")
+    parser.add_argument("--parallel", type=cli.positive_int, default=2, help="rows at a time, a core each (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
     typed = parser.parse_intermixed_args()
@@ -55,12 +55,6 @@ def tables(text: str) -> tuple[str, ...]:
     if not names(text) or set(names(text)) - set(TABLES):
         raise argparse.ArgumentTypeError(f"{text!r} is not one or both of {', '.join(TABLES)}")
     return names(text)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pose_core.data import moving_digits
+from pose_core.errors import ConfigError
 from pose_core.models import small
 from pose_core.models.codec import WanCodec
 from pose_core.models.video_model import Condition
 from pose_core.models.wan import Wan
+from pose_core.runtime import cli
 from pose_core.training import pretraining
 
 IMAGE_TOKENS = 5
@@ -32,12 +34,19 @@ ONE_DIGIT_EVERY = 6
 
 def main() -> None:
     arguments = parse_arguments()
+    with cli.errors_for_people(debug=arguments.debug):
+        make(arguments)
+
+
+def make(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     pipeline = small.build_pipeline(moving_digits.every_prompt(), arguments.seed, arguments.task)
-    videos, texts = render_clips(arguments.clips, arguments.seed)
     if arguments.start_from is not None:
+        if not (arguments.start_from / "model_index.json").is_file():
+            raise ConfigError(f"--start-from {arguments.start_from} has no model_index.json: name a teacher's folder")
         small.copy_weights(arguments.start_from, pipeline)
+    videos, texts = render_clips(arguments.clips, arguments.seed)
     pipeline.to(arguments.device)
     with bars() as progress:
         if arguments.start_from is None:
@@ -55,14 +64,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--start-from", type=Path, help="teacher to take the VAE from and to begin with")
     parser.add_argument("--work", type=Path, default=Path(".pose/pretrain"), help="checkpoints and encoded clips")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
+    parser.add_argument("--threads", type=cli.positive_int, default=1, help="results repeat for the same number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--clips", type=int, default=16384, help="training clips")
-    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--clips", type=cli.positive_int, default=16384, help="training clips")
+    parser.add_argument("--vae-steps", type=cli.positive_int, default=2000)
     parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
-    parser.add_argument("--teacher-steps", type=int, default=5400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--timestep-shift", type=float, default=1.0, help="above 1: more of the times near noise")
+    parser.add_argument("--teacher-steps", type=cli.positive_int, default=5400)
+    parser.add_argument("--batch", type=cli.positive_int, default=32)
+    parser.add_argument(
+        "--timestep-shift", type=cli.positive, default=1.0, help="above 1: more of the times near noise"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
     return parser.parse_args()
 
 

@@ -8,15 +8,13 @@ takes a few minutes on one core and ends with the judge's accuracy on handwritin
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pose_core.evaluation import judge
+from pose_core.runtime.cli import positive_int
 
 HELDOUT_SEED = 2**31
 """Drawn by no run: settings allow seeds below it."""
@@ -42,8 +40,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("pipelines/configs/teachers/digits_judge"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; results repeat for the same number")
+    parser.add_argument("--steps", type=positive_int, default=900)
+    parser.add_argument(
+        "--threads", type=positive_int, default=1, help="torch threads; results repeat for the same number"
+    )
     return parser.parse_args()
 
 

@@ -113,6 +113,13 @@ def counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def positive(text: str) -> float:
     """An argparse type: a number above 0."""
     try:

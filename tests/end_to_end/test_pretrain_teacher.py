@@ -17,11 +17,11 @@ FEW = ["--clips", "12", "--vae-steps", "2", "--batch", "2"]
 pytestmark = pytest.mark.integration
 
 
-def pretrain(folder: Path, *arguments: str) -> str:
+def pretrain(folder: Path, *arguments: str, exit_code: int = 0) -> str:
     command = [sys.executable, str(PROJECT / "pipelines" / "pretrain_teacher.py"), "--work", str(folder / "work"), *FEW]
     done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert done.returncode == exit_code, done.stderr[-2000:]
+    return done.stderr if exit_code else done.stdout
 
 
 def weights(teacher: Path, part: str = "transformer") -> dict[str, Tensor]:
@@ -44,6 +44,9 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
     pretrain(tmp_path, "--task", "t2v", "--start-from", str(image), "--out", str(text), "--teacher-steps", "1")
     assert WanPipeline.from_pretrained(text).transformer.config.image_dim is None
     assert not (tmp_path / "work" / "teacher-t2v.pt").exists(), "what starts elsewhere has a checkpoint of its own"
+
+    told = pretrain(tmp_path, "--start-from", str(tmp_path), "--out", str(text), exit_code=2)
+    assert told == f"error: --start-from {tmp_path} has no model_index.json: name a teacher's folder\n"
 
     longer = tmp_path / "longer"
     more = "--task", "t2v", "--work", str(tmp_path / "elsewhere"), "--start-from", str(text), "--out", str(longer)
