@@ -42,7 +42,7 @@ def lcm_turns(settings: Settings) -> list[Turn]:
     def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
         t, s = lcm.grid_times(draws.uniform(batch.x_0), rivals.consistency_intervals)
         v_theta, v_average = networks.v_theta(batch.condition), networks.v_average(batch.condition)
-        v_real = networks.v_real(batch.condition, rivals.guidance)
+        v_real = networks.v_real(batch.condition, rivals.consistency_guidance)
         loss = lcm.consistency_loss(v_theta, v_average, v_real, batch.x_0, draws.normal(batch.x_0), t, s)
         return Losses(loss, {})
 
@@ -121,7 +121,7 @@ def dmd2_turns(settings: Settings) -> list[Turn]:
     def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
         x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(batch.x_0))
         t, eps = renoise_times(phase, batch, draws), draws.normal(x0_hat)
-        v_phi, v_real = networks.v_phi(batch.condition), networks.v_real(batch.condition, phase.guidance)
+        v_phi, v_real = networks.v_phi(batch.condition), networks.v_real(batch.condition, rivals.matching_guidance)
         matching = priming.matching_loss(x0_hat, priming.matching_gradient(v_phi, v_real, x0_hat, eps, t))
         judge = judge_of(networks.fake, networks, batch.condition, blocks)
         adversarial = equilibrium.generator_adversarial(judge, x0_hat, eps, t)
