@@ -55,3 +55,15 @@ def test_a_run_repeats_and_stays_finite(tiny_folder: Path, rival: str, name: str
         histories.append(phase.history)
     assert histories[0] == histories[1]
     assert all(math.isfinite(value) for values in histories[0] for value in values.values())
+
+
+@pytest.mark.parametrize(
+    ("rival", "own"), [("dmd2", "rivals.matching_guidance"), ("lcm", "rivals.consistency_guidance")]
+)
+def test_a_rival_is_guided_by_a_setting_of_its_own(tiny_folder: Path, rival: str, own: str) -> None:
+    losses = []
+    for changed in ("priming.guidance=5", "priming.guidance=2", f"{own}=5"):
+        phase = build_phase("priming", tiny_folder, f"method.name={rival}", changed)
+        phase.train(0, 1)
+        losses.append(phase.history)
+    assert losses[0] == losses[1] != losses[2]
