@@ -159,7 +159,9 @@ def copy_weights(folder: Path, pipeline: WanPipeline | WanImageToVideoPipeline) 
 
     Where a weight takes fewer inputs than the folder's, as the patches of text to video do, the first ones are taken.
     """
-    pipeline.register_modules(vae=AutoencoderKLWan.from_pretrained(folder, subfolder="vae"))
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+    pipeline.vae.load_state_dict(vae.state_dict())
+    pipeline.vae.register_to_config(latents_mean=vae.config.latents_mean, latents_std=vae.config.latents_std)
     source = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").state_dict()
     weights = pipeline.transformer.state_dict()
     for name, weight in weights.items():

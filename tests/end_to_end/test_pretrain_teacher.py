@@ -53,4 +53,5 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
     pretrain(tmp_path, *more, "--seed", "1", "--teacher-steps", "1", "--timestep-shift", "2")
     assert not (tmp_path / "elsewhere" / "vae.pt").exists()
     assert all(value.equal(weights(image, "vae")[name]) for name, value in weights(longer, "vae").items())
+    assert (image / "vae" / "config.json").read_text() == (longer / "vae" / "config.json").read_text()
     assert not all(value.equal(weights(text)[name]) for name, value in weights(longer).items())
