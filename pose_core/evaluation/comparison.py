@@ -63,7 +63,7 @@ def markdown(summary: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for table in dict.fromkeys(entry["table"] for entry in summary):
         entries = [entry for entry in summary if entry["table"] == table]
-        columns = ["method", "nfe", *FIGURES]
+        columns = ["method", "nfe", "seeds", *FIGURES]
         lines = [f"## {TITLES.get(table, table)}", "", _line(HEADINGS.get(name, name) for name in columns)]
         lines += ["|---" * len(columns) + "|", *(_line(_cells(entry)) for entry in entries)]
         parts.append("\n".join(lines) + "\n")
@@ -76,7 +76,8 @@ def _line(cells: Iterable[str]) -> str:
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
     nfe = "" if entry["nfe"] is None else str(entry["nfe"])
-    return [entry["method"], nfe, *(_cell(entry[name], decimals) for name, decimals in FIGURES.items())]
+    figures = [_cell(entry[name], decimals) for name, decimals in FIGURES.items()]
+    return [entry["method"], nfe, str(entry["seeds"]), *figures]
 
 
 def _cell(figure: Mapping[str, float | None] | None, decimals: int) -> str:

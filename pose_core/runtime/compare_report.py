@@ -42,9 +42,7 @@ def write_results(
     }
     files = [out / f"{name}{ending}" for ending in (".json", ".md", ".png", "-curves.png")]
     write_whole(files[0], (json.dumps(document, indent=1) + "\n").encode())
-    seeds = len({row["seed"] for row in rows} - {None})
-    count = f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
-    title = f"# {name}: {settings.evaluation.clips} {split} clips, {count}, mean ± half of the 95 % interval"
+    title = f"# {name}: {settings.evaluation.clips} {split} clips, mean over seeds ± half of the 95 % interval"
     write_whole(files[1], f"{title}\n\n{markdown(summary)}".encode())
     _write_sheet(files[2], settings, jobs)
     trained = [job for job in jobs if job.table != "reference"]

@@ -60,5 +60,6 @@ def test_the_tables_show_means_with_intervals_and_leave_empty_what_does_not_appl
     # Half of it is t(97.5 %, 1) * 0.5 = 12.706 * 0.5; a count that no seed changes has no interval.
     assert dict(zip(heading, pose, strict=True))["SA"] == "80.5 ± 6.4"
     assert dict(zip(heading, pose, strict=True))["updates"] == "200"
+    assert dict(zip(heading, pose, strict=True))["seeds"] == "2"
     assert "lcm" not in updates
-    assert "| lcm | 1 | 50.0 |" in time
+    assert "| lcm | 1 | 1 | 50.0 |" in time
