@@ -43,6 +43,8 @@ def make(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     pipeline = small.build_pipeline(moving_digits.every_prompt(), arguments.seed, arguments.task)
     if arguments.start_from is not None:
+        if arguments.only_vae:
+            raise ConfigError("--only-vae trains nothing with --start-from, which keeps a VAE: leave one of them out")
         if not (arguments.start_from / "model_index.json").is_file():
             raise ConfigError(f"--start-from {arguments.start_from} has no model_index.json: name a teacher's folder")
         small.copy_weights(arguments.start_from, pipeline)
@@ -101,7 +103,7 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
         learning_rate=2e-3,
         ema_decay=0.99,
         seed=arguments.seed,
-        checkpoint=arguments.work / "vae.pt",
+        checkpoint=arguments.work / f"vae-{arguments.seed}.pt",
         progress=bar(progress, "VAE", arguments.vae_steps),
     )
     latents = codec.encode_video(videos[:256])
@@ -137,7 +139,7 @@ def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progre
         learning_rate=1e-3,
         ema_decay=0.999,
         seed=arguments.seed,
-        checkpoint=arguments.work / f"teacher-{arguments.task}{origin}.pt",
+        checkpoint=arguments.work / f"teacher-{arguments.task}{origin}-{arguments.seed}.pt",
         matrices=[transformer.blocks],
         progress=bar(progress, "teacher", arguments.teacher_steps),
     )

@@ -35,7 +35,7 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
     assert WanImageToVideoPipeline.from_pretrained(image).transformer.config.image_dim is not None
     after_two = weights(image)
 
-    checkpoint = tmp_path / "work" / "teacher-i2v.pt"
+    checkpoint = tmp_path / "work" / "teacher-i2v-0.pt"
     made = checkpoint.stat().st_mtime_ns
     pretrain(tmp_path, "--out", str(image), "--teacher-steps", "2")
     assert checkpoint.stat().st_mtime_ns == made, "nothing was left to train"
@@ -43,7 +43,8 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
 
     pretrain(tmp_path, "--task", "t2v", "--start-from", str(image), "--out", str(text), "--teacher-steps", "1")
     assert WanPipeline.from_pretrained(text).transformer.config.image_dim is None
-    assert not (tmp_path / "work" / "teacher-t2v.pt").exists(), "what starts elsewhere has a checkpoint of its own"
+    kept = {path.name for path in (tmp_path / "work").glob("[tv]*.pt")}
+    assert kept == {"vae-0.pt", "teacher-i2v-0.pt", "teacher-t2v-from-i2v-0.pt"}, "a checkpoint an origin and seed"
 
     told = pretrain(tmp_path, "--start-from", str(tmp_path), "--out", str(text), exit_code=2)
     assert told == f"error: --start-from {tmp_path} has no model_index.json: name a teacher's folder\n"
@@ -51,7 +52,7 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
     longer = tmp_path / "longer"
     more = "--task", "t2v", "--work", str(tmp_path / "elsewhere"), "--start-from", str(text), "--out", str(longer)
     pretrain(tmp_path, *more, "--seed", "1", "--teacher-steps", "1", "--timestep-shift", "2")
-    assert not (tmp_path / "elsewhere" / "vae.pt").exists()
+    assert not list((tmp_path / "elsewhere").glob("vae*"))
     assert all(value.equal(weights(image, "vae")[name]) for name, value in weights(longer, "vae").items())
     assert (image / "vae" / "config.json").read_text() == (longer / "vae" / "config.json").read_text()
     assert not all(value.equal(weights(text)[name]) for name, value in weights(longer).items())
