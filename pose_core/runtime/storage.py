@@ -260,6 +260,9 @@ class _BucketStore(Store):
         with self._s3(read_seconds=_PROBE_SECONDS) as s3:
             # First, because some stores create a missing bucket on a put. A HEAD request would not say what is wrong.
             next(self._raw(s3, ""), None)
+        # A store that has just started may take seconds for its first object. Asked again meanwhile, it would write a
+        # second time, maybe after the object was removed.
+        with self._s3(read_seconds=SILENT_SECONDS) as s3:
             s3.put_object(**self._at(key), Body=b"pose")
             s3.delete_object(**self._at(key))
 

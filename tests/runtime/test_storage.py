@@ -9,8 +9,10 @@ import os
 import pickle
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow.fs
 import pytest
@@ -314,20 +316,54 @@ class FullS3(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.integration
-def test_an_upload_that_the_store_did_not_take_is_an_error(s3: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    make_tree(tmp_path / "model")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FullS3) as server:
+class SlowS3(FullS3):
+    """Takes its time for each object, as one does that has just started; notes what it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append("GET")
+        self.answer(200, "<ListBucketResult></ListBucketResult>")
+
+    def do_PUT(self) -> None:
+        self.asked.append("PUT")
+        time.sleep(5)
+        self.answer(200)
+
+    def do_DELETE(self) -> None:
+        self.asked.append("DELETE")
+        self.answer(204)
+
+
+@contextlib.contextmanager
+def serving(handler: type[FullS3], s3: pytest.MonkeyPatch) -> Iterator[None]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         s3.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        with contextlib.ExitStack() as stack:
-            stack.callback(thread.join)
-            stack.callback(server.shutdown)
-            with pytest.raises(StorageError) as caught:
-                Store.open("s3://bucket").upload_folder(tmp_path / "model", "export")
-            assert_one_line(caught.value, "s3://bucket/export", "full disk", exit_code=1)
-            # Ray Train uploads checkpoints by this call on our filesystem.
-            filesystem, root = Store.open("s3://bucket").arrow()
-            with pytest.raises(OSError):
-                pyarrow.fs.copy_files(str(tmp_path / "model"), root, destination_filesystem=filesystem)
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.integration
+def test_an_upload_that_the_store_did_not_take_is_an_error(s3: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_tree(tmp_path / "model")
+    with serving(FullS3, s3):
+        with pytest.raises(StorageError) as caught:
+            Store.open("s3://bucket").upload_folder(tmp_path / "model", "export")
+        assert_one_line(caught.value, "s3://bucket/export", "full disk", exit_code=1)
+        # Ray Train uploads checkpoints by this call on our filesystem.
+        filesystem, root = Store.open("s3://bucket").arrow()
+        with pytest.raises(OSError):
+            pyarrow.fs.copy_files(str(tmp_path / "model"), root, destination_filesystem=filesystem)
+
+
+@pytest.mark.integration
+def test_a_check_writes_once_however_slow_the_store_is(s3: pytest.MonkeyPatch) -> None:
+    s3.setattr("pose_core.runtime.storage._PROBE_SECONDS", 1)
+    with serving(SlowS3, s3):
+        Store.open("s3://bucket").check()
+    assert SlowS3.asked == ["GET", "PUT", "DELETE"]
