@@ -1,9 +1,9 @@
 """What Ray Train, data, tracking and checkpoints cost a training step, and how soon a killed worker is made good.
 
-Two sides train the demo's first phase on two ranks each, and run by turns on the same machine, the other one stopped by
+Two sides train the demo's first phase on as many ranks, and run by turns on the same machine, the other one stopped by
 SIGSTOP meanwhile:
 
-    bare         two processes in a plain loop over batches in memory; Ray and the store are stopped, too
+    bare         processes in a plain loop over batches in memory; Ray and the store are stopped, too
     whole        Ray Train with data, MLflow and an asynchronous checkpoint to object storage every 50 steps
 
 A turn is a few seconds long, so that a machine which grows slower does so for both sides, and not always as long, so
@@ -13,6 +13,8 @@ missed, are not counted. A turn of ``whole`` counts as the time of its steps ove
 median. ``checkpoint_overhead`` is how that grows with the whole checkpoints a turn holds, over the time of 50 steps.
 Two processes that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few
 rounds. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
+
+Two ranks leave none of two cores to Ray, the data and MLflow; ``--ranks 1`` leaves them one, as a node with GPUs does.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from figures import Figure, record, show
 from pose_core import config
 from pose_core.errors import PoseError
 from pose_core.models.video_model import Condition
+from pose_core.runtime.cli import positive_int
 from pose_core.runtime.datasets import TRAINED_ON, Prepared
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.storage import Store
@@ -54,7 +57,7 @@ from pose_core.training.state import Batch
 
 PROJECT = Path(__file__).resolve().parents[1]
 MARK = "STARTED_BY_BENCHMARK_IN"
-CHECKPOINT_STEPS, RANKS = 50, 2
+CHECKPOINT_STEPS, RECOVERED_RANKS = 50, 2
 TURN_SECONDS, UNCOUNTED_SECONDS = (16.0, 26.0), 4.0
 TURNS_A_ROUND, ROUNDS_A_START = 8, 2
 LOG_STEPS = 2
@@ -64,7 +67,7 @@ CHECKPOINT_TAKES_STEPS = 4
 STAGE, ENDLESS = "stability_priming", 1_000_000
 SETTINGS = [
     *(f"priming.steps={ENDLESS}", f"training.sample_every_steps={ENDLESS}", "training.sample_clips=1"),
-    *("alarms.every_steps=0", f"tracking.log_every_steps={LOG_STEPS}", f"training.workers={RANKS}"),
+    *("alarms.every_steps=0", f"tracking.log_every_steps={LOG_STEPS}"),
     *("data.digits_clips=256", "data.digits_heldout_clips=16"),
 ]
 Times = dict[int, float]
@@ -144,11 +147,11 @@ def send(processes: Sequence[psutil.Process], number: int) -> None:
             process.send_signal(number)
 
 
-def bare_rank(rank: int, port: int, uri: str, overrides: list[str], file: Path) -> None:
-    """One of two ranks in a plain loop over batches in memory; the first writes when each step was finished."""
+def bare_rank(rank: int, ranks: int, port: int, uri: str, overrides: list[str], file: Path) -> None:
+    """One of the ranks in a plain loop over batches in memory; the first writes when each step was finished."""
     settings = config.load("", overrides)
     torch.set_num_threads(settings.training.threads_per_worker)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     store = Store.open(uri)
     prepared = Prepared(store, store.read_json("shards.json"))
     device, teacher = torch.device("cpu"), teacher_folder(settings.model)
@@ -192,25 +195,18 @@ def in_memory(prepared: Prepared, size: int) -> Iterator[Batch]:
         yield from batches
 
 
-def start_bare(folder: Path, store: Store) -> Side:
+def start_bare(folder: Path, store: Store, ranks: int) -> Side:
     """Start the bare ranks, by this file in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--bare",
-        str(folder / "steps"),
-        "--store",
-        store.url("runs/data/prepare_data"),
-    ]
-    return start("bare", folder, command)
+    own = ("--bare", str(folder / "steps"), "--store", store.url("runs/data/prepare_data"), "--ranks", str(ranks))
+    return start("bare", folder, [sys.executable, __file__, *own])
 
 
-def start_phase(name: str, folder: Path, store: Store, *own: str) -> Side:
+def start_phase(name: str, folder: Path, store: Store, ranks: int, *own: str) -> Side:
     """Start the demo's first phase as a run of its own, with a Ray of its own and the clips that are prepared."""
     runs = store.child("runs")
     for key in runs.list("data/prepare_data"):
         runs.write_bytes(f"{name}{key.removeprefix('data')}", runs.read_bytes(key))
-    return start(name, folder, stage(STAGE, name, store, *own))
+    return start(name, folder, stage(STAGE, name, store, f"training.workers={ranks}", *own))
 
 
 def start(name: str, folder: Path, command: list[str]) -> Side:
@@ -269,8 +265,8 @@ def take_turn(side: Side, server: psutil.Process, seconds: float) -> None:
     side.turns.append(turn)
 
 
-def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -> list[Figure]:
-    """Both ratios, of ``rounds`` rounds."""
+def overheads(folder: Path, store: Store, server: psutil.Process, ranks: int, rounds: int) -> list[Figure]:
+    """Both ratios, of ``rounds`` rounds on ``ranks`` ranks."""
     rng = random.Random(0)
     pairs: list[Pair] = []
     bare: list[float] = []
@@ -279,7 +275,7 @@ def overheads(folder: Path, store: Store, server: psutil.Process, rounds: int) -
         own.mkdir()
         left = rounds - len(pairs) // TURNS_A_ROUND
         lengths = [rng.uniform(*TURN_SECONDS) for _ in range(TURNS_A_ROUND * min(ROUNDS_A_START, left))]
-        plain, whole = take_turns(own, store, server, lengths)
+        plain, whole = take_turns(own, store, server, ranks, lengths)
         pairs += in_pairs(plain.turns, whole.turns)
         bare += [turn.step_seconds for turn in plain.turns]
     means = [
@@ -328,14 +324,16 @@ def checkpoint_share(pairs: Sequence[Pair]) -> float:
     return steps / (plain * CHECKPOINT_STEPS)
 
 
-def take_turns(folder: Path, store: Store, server: psutil.Process, lengths: Sequence[float]) -> tuple[Side, Side]:
+def take_turns(
+    folder: Path, store: Store, server: psutil.Process, ranks: int, lengths: Sequence[float]
+) -> tuple[Side, Side]:
     """Start both sides and let them take turns of so many seconds: bare, whole, bare and so on."""
     checkpoints = f"training.checkpoint_every_steps={CHECKPOINT_STEPS}"
     sides: list[Side] = []
     try:
         for begin in (
-            partial(start_bare, folder / "bare", store),
-            partial(start_phase, f"whole-{folder.name}", folder / "whole", store, checkpoints),
+            partial(start_bare, folder / "bare", store, ranks),
+            partial(start_phase, f"whole-{folder.name}", folder / "whole", store, ranks, checkpoints),
         ):
             sides.append(side := begin())
             wait_for("its first steps", side, partial(reached, side, 2 * LOG_STEPS))
@@ -354,7 +352,8 @@ def take_turns(folder: Path, store: Store, server: psutil.Process, lengths: Sequ
 
 def recovery(folder: Path, store: Store, kills: int, rng: random.Random) -> Figure:
     """Seconds from a worker's kill to the next step that is finished."""
-    side = start_phase("recovery", folder / "recovery", store, "tracking.log_every_steps=1", "training.max_failures=99")
+    own = ("tracking.log_every_steps=1", "training.max_failures=99")
+    side = start_phase("recovery", folder / "recovery", store, RECOVERED_RANKS, *own)
     seconds = []
     try:
         for _ in range(kills):
@@ -385,12 +384,12 @@ def run(arguments: argparse.Namespace) -> None:
         if prepared.process.wait():
             raise PoseError(f"prepare_data failed: {(prepared.folder / 'log').read_text()[-500:]}")
         if arguments.rounds:
-            figures += overheads(folder, store, process, arguments.rounds)
+            figures += overheads(folder, store, process, arguments.ranks, arguments.rounds)
         if arguments.kills:
             figures.append(recovery(folder, store, arguments.kills, random.Random(0)))
     show(figures)
     conditions = {
-        "ranks": RANKS,
+        "ranks": arguments.ranks,
         "counted_seconds_a_turn": [seconds - UNCOUNTED_SECONDS for seconds in TURN_SECONDS],
         "turns_a_round": TURNS_A_ROUND,
         "rounds": arguments.rounds,
@@ -405,12 +404,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of eight turns (default: 5; 0 leaves ratios out)")
     parser.add_argument("--kills", type=int, default=5, help="workers killed, one after the other (default: 5)")
+    parser.add_argument(
+        "--ranks", type=positive_int, default=2, help="ranks of both sides, for the ratios (default: 2)"
+    )
     parser.add_argument("--record", action="store_true", help="also append to results/orchestration_overhead.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
-        mp.spawn(bare_rank, (free_port(), arguments.store, SETTINGS, arguments.bare), nprocs=RANKS)
+        ranks, settings = arguments.ranks, [*SETTINGS, f"training.workers={arguments.ranks}"]
+        mp.spawn(bare_rank, (ranks, free_port(), arguments.store, settings, arguments.bare), nprocs=ranks)
         return
     try:
         run(arguments)
