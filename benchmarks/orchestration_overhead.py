@@ -415,6 +415,8 @@ def main() -> None:
         ranks, settings = arguments.ranks, [*SETTINGS, f"training.workers={arguments.ranks}"]
         mp.spawn(bare_rank, (ranks, free_port(), arguments.store, settings, arguments.bare), nprocs=ranks)
         return
+    # As after Ctrl-C, nothing that was stopped may stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:
         run(arguments)
     except PoseError as error:

@@ -45,6 +45,10 @@ _HEAD_SETTINGS = {
     "SCAN_EVENT_DIR_INTERVAL_SECONDS": "30",
     "REPORTER_UPDATE_INTERVAL_MS": "30000",
     "NODE_STATS_UPDATE_INTERVAL_SECONDS": "60",
+    "METRICS_RECORD_INTERVAL_S": "3600",
+    # A worker without work wakes a hundred times a second, and Ray would keep one for each core for good.
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "15000",
     # Nobody drains the only node there is.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
