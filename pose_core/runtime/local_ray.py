@@ -46,9 +46,6 @@ _HEAD_SETTINGS = {
     "REPORTER_UPDATE_INTERVAL_MS": "30000",
     "NODE_STATS_UPDATE_INTERVAL_SECONDS": "60",
     "METRICS_RECORD_INTERVAL_S": "3600",
-    # A worker without work wakes a hundred times a second, and Ray would keep one for each core for good.
-    "RAY_num_workers_soft_limit": "0",
-    "RAY_idle_worker_killing_time_threshold_ms": "15000",
     # Ray Train trains in a thread, and glibc gives threads heaps of their own, in which a step took 15 % longer.
     "MALLOC_ARENA_MAX": "1",
     # Nobody drains the only node there is.

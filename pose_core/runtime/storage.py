@@ -77,7 +77,8 @@ class Store(ABC):
         """Write and remove a small object, so that a wrong location fails now and not after hours.
 
         Raises:
-            StorageError: (exit code 2) wrong credentials, no bucket, not writable, disk full, no answer for 15 seconds.
+            StorageError: (exit code 2) wrong credentials, no bucket, not writable, disk full, no answer for 15 seconds,
+                to a write for 45.
         """
         try:
             self._probe(f".pose-check-{uuid.uuid4().hex}")

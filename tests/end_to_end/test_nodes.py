@@ -91,7 +91,7 @@ def test_elastic_training_goes_on_without_a_lost_node_and_grows_back(ground: Gro
     lost_at = attempt.until(2 * CHECKPOINT_EVERY)
     node.lose()
     went_on_from = int(attempt.until_told("goes on from step").split()[-1])
-    # The second of its checkpoints is begun once the first is kept; it may be enlarged before it has one.
+    # Enlarged earlier it might have none of its own to go on from; its second is begun once the first is kept.
     attempt.until(went_on_from + 2 * CHECKPOINT_EVERY)
     node.start()
     # It must not come to its end before Ray sees the node.

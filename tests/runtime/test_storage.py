@@ -362,7 +362,7 @@ def test_an_upload_that_the_store_did_not_take_is_an_error(s3: pytest.MonkeyPatc
 
 
 @pytest.mark.integration
-def test_a_check_writes_once_however_slow_the_store_is(s3: pytest.MonkeyPatch) -> None:
+def test_a_check_waits_for_a_slow_store_and_writes_once(s3: pytest.MonkeyPatch) -> None:
     s3.setattr("pose_core.runtime.storage._PROBE_SECONDS", 1)
     with serving(SlowS3, s3):
         Store.open("s3://bucket").check()
