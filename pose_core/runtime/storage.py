@@ -19,14 +19,14 @@ from urllib.parse import unquote
 
 import pyarrow
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from pose_core.data.sources.source import Stored
 from pose_core.errors import StorageError
 from pose_core.runtime.local_files import is_partial, partial_name, replace_folder, write_whole
 from pose_core.runtime.pieces import Piece
 from pose_core.runtime.s3_client import CONNECT_SECONDS, SILENT_SECONDS, fill_piece, s3_client
-from pose_core.runtime.storage_errors import explain
+from pose_core.runtime.storage_errors import in_one_line
 
 _READ_SECONDS = 60
 _PROBE_SECONDS = 4
@@ -151,7 +151,7 @@ class Store(ABC):
         if not local.is_dir():
             raise StorageError(f"{local} is not a folder; nothing was uploaded to {self.url(prefix)}")
         filesystem, root = self.child(prefix).arrow()
-        with _one_line(self.url(prefix)):
+        with in_one_line(self.url(prefix)):
             if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
                 # Made for nested files only by copy_files; an object store needs none.
                 filesystem.create_dir(root, recursive=True)
@@ -162,7 +162,7 @@ class Store(ABC):
         filesystem, root = self.child(prefix).arrow()
         partial = partial_name(local.absolute())
         try:
-            with _one_line(self.url(prefix), str(local)):
+            with in_one_line(self.url(prefix), str(local)):
                 partial.mkdir(parents=True)
                 pyarrow.fs.copy_files(root, str(partial), filesystem, _LOCAL, chunk_size=_CHUNK_BYTES)
                 replace_folder(partial, local.absolute())
@@ -177,25 +177,25 @@ class _FolderStore(Store):
         return _LOCAL, self.uri
 
     def _probe(self, key: str) -> None:
-        with _one_line(self.uri):
+        with in_one_line(self.uri):
             # One page, because a full disk may still take an empty file.
             write_whole(Path(self.url(key)), b"\0" * 4096)
             Path(self.url(key)).unlink()
 
     def create_bucket(self) -> None:
-        with _one_line(self.uri):
+        with in_one_line(self.uri):
             Path(self.uri).mkdir(parents=True, exist_ok=True)
 
     def exists(self, key: str) -> bool:
-        with _one_line(self.url(key)):
+        with in_one_line(self.url(key)):
             return Path(self.url(key)).is_file()
 
     def read_bytes(self, key: str) -> bytes:
-        with _one_line(self.url(key)):
+        with in_one_line(self.url(key)):
             return Path(self.url(key)).read_bytes()
 
     def fill(self, piece: Piece) -> None:
-        with _one_line(self.url(piece.key)), Path(self.url(piece.key)).open("rb") as file:
+        with in_one_line(self.url(piece.key)), Path(self.url(piece.key)).open("rb") as file:
             size, version = _version(os.fstat(file.fileno()))
             if piece.version not in ("", version):
                 raise OSError("PreconditionFailed")
@@ -206,18 +206,18 @@ class _FolderStore(Store):
                 raise ConnectionError("cut off")
 
     def write_bytes(self, key: str, data: bytes | memoryview) -> None:
-        with _one_line(self.url(key)):
+        with in_one_line(self.url(key)):
             write_whole(Path(self.url(key)), data)
 
     def stored(self, prefix: str = "") -> Found:
         root = Path(self.uri)
-        with _one_line(self.url(prefix)):
+        with in_one_line(self.url(prefix)):
             files = (path for path in Path(self.url(prefix)).rglob("*") if path.is_file() and not is_partial(path))
             found = [Stored(path.relative_to(root).as_posix(), *_version(path.stat())) for path in files]
         return sorted(found, key=lambda stored: stored.key)
 
     def _delete(self, prefix: str) -> None:
-        with _one_line(self.url(prefix)), contextlib.suppress(FileNotFoundError):
+        with in_one_line(self.url(prefix)), contextlib.suppress(FileNotFoundError):
             Path(self.url(prefix)).unlink() if self.exists(prefix) else shutil.rmtree(self.url(prefix))
 
 
@@ -234,7 +234,7 @@ class _BucketStore(Store):
 
     @contextlib.contextmanager
     def _s3(self, key: str = "", read_seconds: int = _READ_SECONDS, attempts: int = _ATTEMPTS) -> Iterator[Any]:
-        with _one_line(self.url(key)):
+        with in_one_line(self.url(key)):
             settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
             yield s3_client(settings, read_seconds, attempts)
 
@@ -313,12 +313,3 @@ class _BucketStore(Store):
                 batch = {"Objects": keys[start : start + 1000], "Quiet": True}
                 if failed := s3.delete_objects(Bucket=bucket, Delete=batch).get("Errors"):
                     raise ClientError({"Error": failed[0]}, "DeleteObjects")
-
-
-@contextlib.contextmanager
-def _one_line(url: str, local: str | None = None) -> Iterator[None]:
-    try:
-        yield
-    # boto3 raises ValueError for an endpoint that is no URL.
-    except (BotoCoreError, ClientError, pyarrow.ArrowException, OSError, ValueError) as error:
-        raise explain(error, url, local) from error

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
 from urllib.parse import urlsplit
+
+import pyarrow
+from botocore.exceptions import BotoCoreError, ClientError
 
 from pose_core.errors import ReplacedError, StorageError
 
@@ -88,6 +93,16 @@ _ERRNOS = {
     errno.ENOTDIR: "{place} leads through a file where a folder is needed; move the file or choose another place",
     errno.EEXIST: "{place} leads through a file where a folder is needed; move the file or choose another place",
 }
+
+
+@contextlib.contextmanager
+def in_one_line(url: str, local: str | None = None) -> Iterator[None]:
+    """What boto3, pyarrow or the system raises in the block becomes a ``StorageError``, as ``explain`` words it."""
+    try:
+        yield
+    # boto3 raises ValueError for an endpoint that is no URL.
+    except (BotoCoreError, ClientError, pyarrow.ArrowException, OSError, ValueError) as error:
+        raise explain(error, url, local) from error
 
 
 def explain(error: Exception, url: str, local: str | None = None) -> StorageError:
