@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from pose_core.runtime import preemption
 from pose_core.runtime.batches import Batches
 from pose_core.runtime.checkpoints import PhaseCheckpoints, Saved
 from pose_core.runtime.datasets import TRAINED_ON
+from pose_core.runtime.garbage import Garbage
 from pose_core.runtime.meter import Meter
 from pose_core.runtime.out_of_memory import kernel_kills, told
 from pose_core.runtime.phase_job import PhaseJob
@@ -68,9 +68,7 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         with meter.record("validation"):
             watch = _Watch(job, networks, optimizers, device, kept, found, batches, meter, watchdog)
         stack.enter_context(meter.measuring())
-        # All there is by now stays; to look through it for garbage takes a third of a second, again and again.
-        gc.collect()
-        gc.freeze()
+        stack.enter_context(watch.garbage)
         loop.train(
             networks,
             optimizers,
@@ -137,7 +135,7 @@ class _Watch:
     ):
         self.job, self.networks, self.optimizers, self.kept = job, networks, optimizers, kept
         self.settings, self.rank, self.data = job.settings, parallel.rank(), data
-        self.meter, self.watchdog = meter, watchdog
+        self.meter, self.watchdog, self.garbage = meter, watchdog, Garbage()
         self.seen: list[dict[str, Any]] = []
         self.validation = Validation(job, networks, device)
         done = found.step if found else 0
@@ -166,6 +164,7 @@ class _Watch:
         """Whether the phase ends here, because of an alarm."""
         training, alarms, last = self.settings.training, self.settings.alarms, step == self.job.steps
         self.step = step
+        self.garbage.end_step()
         self.watchdog.end_step()
         if self.meter.end_step(step):
             self.watchdog.excuse()
@@ -252,6 +251,7 @@ class _Watch:
         if not self.alarms.collapsed:
             self.good_step = step
         seen, self.seen = self.seen, []
+        self.garbage.before_checkpoint()
 
         def log() -> None:
             # A worker that dies takes its queued points along; those before a checkpoint are not made again.

@@ -51,7 +51,7 @@ class Saver:
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         self._thread: threading.Thread | None = None
         self._failure: PoseError | None = None
-        self._plans = uuid.uuid4().hex
+        self._planner = _SavePlanner()
 
     def start(
         self,
@@ -94,14 +94,11 @@ class Saver:
         return shared[0]
 
     def _write(self, files: Files, step: int, state: dict[str, Any], commit: Commit) -> None:
-        # What lies where is agreed on once, and again when it changes; DCP keeps that under a name, for the process.
-        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
-        planner._cached_plans_key = self._plans
         try:
             dcp.save(
                 state,
                 storage_writer=Writer(files, commit),
-                planner=planner,
+                planner=self._planner,
                 process_group=self.group,
                 no_dist=self.group is None,
             )
@@ -123,7 +120,7 @@ def load(files: Files, networks: Networks, optimizers: dict[str, torch.optim.Opt
     """
     state = _state(0, networks, optimizers)
     try:
-        dcp.load(state, storage_reader=Reader(files), planner=_Planner(), no_dist=not dist.is_initialized())
+        dcp.load(state, storage_reader=Reader(files), planner=_LoadPlanner(), no_dist=not dist.is_initialized())
     # DCP raises many types, one of them no Exception; but for a store's, they mean that this folder cannot be used.
     except (Exception, CheckpointException) as error:
         cause = _cause(error)
@@ -173,7 +170,29 @@ def _own(networks: Networks, name: str, module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in weights.items() if key in own}
 
 
-class _Planner(dcp.DefaultLoadPlanner):
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """What lies where is worked out and agreed on once, and again when names, sizes or shards change."""
+
+    def __init__(self) -> None:
+        super().__init__(enable_plan_caching=True)
+        # DCP keeps what was agreed on under a name, for the process.
+        self._cached_plans_key = uuid.uuid4().hex
+        self._layout: dict[str, Any] = {}
+        self._agreed: dict[str, Any] | None = None
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        parts = ("shape", "dtype", "placements")
+        self._layout = {name: [getattr(value, part, None) for part in parts] for name, value in self.state_dict.items()}
+        if self._layout == self._agreed:
+            return dcp.SavePlan([], usable=False)
+        return super().create_local_plan()
+
+    def finish_plan(self, new_plan: dcp.SavePlan) -> dcp.SavePlan:
+        self._agreed = self._layout
+        return super().finish_plan(new_plan)
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
     """Takes only a checkpoint that holds exactly what is asked for, and unpickles only plain numbers and strings."""
 
     def create_local_plan(self) -> dcp.LoadPlan:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint as dcp
 from phases import PHASES, build_phase, differing, files, load, save
+from torch.distributed.checkpoint import default_planner
 
 from pose_core.errors import CheckpointError, StorageGoneError
 from pose_core.training import checkpoint, checkpoint_files
@@ -185,6 +186,26 @@ def test_each_save_of_a_saver_holds_the_state_of_its_own_step(tiny_folder: Path)
         saver.wait()
         assert checkpoint.load(files, restored.networks, restored.optimizers) == step
         assert differing(phase.tensors(), restored.tensors()) == []
+
+
+def test_what_lies_where_is_worked_out_again_only_for_other_tensors(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, plan = [], default_planner.create_default_local_save_plan
+    monkeypatch.setattr(
+        default_planner, "create_default_local_save_plan", lambda *own: planned.append(own) or plan(*own)
+    )
+    saver, phases = checkpoint.Saver(), [build_phase(name, tiny_folder) for name in ("priming", "equilibrium")]
+    for phase, plans in zip([phases[0], phases[0], phases[1], phases[1], phases[0]], [1, 1, 2, 2, 3], strict=True):
+        files = Memory()
+        phase.train(0, 1)
+        saver.start(files, 1, phase.networks, phase.optimizers, lambda objects: None)
+        saver.wait()
+        assert len(planned) == plans
+        before = phase.tensors()
+        phase.train(1, 2)
+        checkpoint.load(files, phase.networks, phase.optimizers)
+        assert differing(before, phase.tensors()) == []
 
 
 def test_no_byte_is_written_to_a_disk(tiny_folder: Path) -> None:

@@ -1,0 +1,58 @@
+"""Cyclic garbage is looked for between steps, and what was there before training is left alone."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from pose_core.runtime.garbage import Garbage
+
+
+class Cycle:
+    """Holds itself."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_inside_python_collects_nothing_by_itself_and_a_step_collects_what_it_left() -> None:
+    with Garbage() as garbage:
+        left = weakref.ref(Cycle())
+        assert not gc.isenabled() and left() is not None
+        garbage.end_step()
+        assert left() is None
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_a_checkpoint_collects_what_outlived_a_step() -> None:
+    with Garbage() as garbage:
+        for _ in range(4):
+            held = Cycle()
+            left = weakref.ref(held)
+            garbage.end_step()
+            del held
+            garbage.end_step()
+            assert left() is not None
+            garbage.before_checkpoint()
+            assert left() is None
+
+
+def test_what_is_there_after_the_first_checkpoints_is_not_looked_through_again() -> None:
+    with Garbage() as garbage:
+        counts = [gc.get_freeze_count()]
+        held = []
+        for _ in range(4):
+            held.append([[number] for number in range(1000)])
+            garbage.before_checkpoint()
+            counts.append(gc.get_freeze_count())
+    assert counts[0] < counts[1] < counts[2] == counts[3] == counts[4]
