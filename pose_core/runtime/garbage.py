@@ -30,7 +30,7 @@ class Garbage:
         gc.unfreeze()
 
     def end_step(self) -> None:
-        """Look through what was made since the last call; takes a millisecond."""
+        """Look through what was made since the last call; takes a tenth of a millisecond."""
         gc.collect(1)
 
     def before_checkpoint(self) -> None:

@@ -188,8 +188,9 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return super().create_local_plan()
 
     def finish_plan(self, new_plan: dcp.SavePlan) -> dcp.SavePlan:
-        self._agreed = self._layout
-        return super().finish_plan(new_plan)
+        finished = super().finish_plan(new_plan)
+        self._agreed = self._layout  # only now: what DCP does not know must be sent again
+        return finished
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
