@@ -70,8 +70,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown setting {key}={_short(error['input'])}: {_nearest(path)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if message.startswith("must be below"):
-        return f"{key}.renoise_time_min is out of range: {message}"
     if isinstance(error["input"], dict):  # of settings that do not fit each other
         return f"{key}.{message}"
     return f"{key}={_short(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"

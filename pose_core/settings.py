@@ -183,7 +183,8 @@ class RenoisedSection(Section):
     def _ordered(self) -> RenoisedSection:
         if self.renoise_time_min >= self.renoise_time_max:
             raise ValueError(
-                f"must be below renoise_time_max={self.renoise_time_max:g}, it is {self.renoise_time_min:g}"
+                f"renoise_time_min must be below renoise_time_max={self.renoise_time_max:g}, "
+                f"it is {self.renoise_time_min:g}"
             )
         return self
 

@@ -15,7 +15,7 @@ from pose_core.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))
-READERS = ["pose_core/runtime", "pose_core/training", "pose_core/evaluation", "pose_core/models", "pose_core/data"]
+READERS = [f"pose_core/{name}" for name in ("runtime", "training", "evaluation", "inference", "models", "data")]
 
 
 def refusal(text: str, *overrides: str) -> str:
@@ -153,6 +153,11 @@ def test_a_window_of_times_must_not_be_empty(section: str) -> None:
     line = refusal("", f"{section}.renoise_time_min=0.5", f"{section}.renoise_time_max=0.4")
     assert f"{section}.renoise_time_min" in line
     assert "below renoise_time_max=0.4" in line
+
+
+def test_few_steps_times_that_fall_are_refused() -> None:
+    line = refusal("", "evaluation.few_steps_time_min=0.5", "evaluation.few_steps_time_max=0.4")
+    assert line == "evaluation.few_steps_time_min must not be above few_steps_time_max=0.4, it is 0.5"
 
 
 @pytest.mark.parametrize("typed", ["priming", "steps=5", "=3", ".steps=3", "priming.=3"])

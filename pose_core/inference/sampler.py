@@ -13,6 +13,7 @@ from pose_core.method.flow import Velocity, euler, few_steps, guided
 from pose_core.models import families
 from pose_core.models.parts import clip_shapes
 from pose_core.models.video_model import Codec, Condition, VideoModel
+from pose_core.result_settings import EvaluationSettings
 
 WHOLE_PROMPT = 512
 """More prompt tokens than any family keeps."""
@@ -28,9 +29,19 @@ def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -
 
 
 @torch.no_grad()
-def sample_generator(model: VideoModel, condition: Condition, noises: list[Tensor]) -> Tensor:
-    """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each."""
-    return few_steps(velocity(model, condition), noises)
+def sample_generator(
+    model: VideoModel, condition: Condition, noises: list[Tensor], again: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each.
+
+    ``again`` holds the times, lowest and highest, between which ``few_steps`` noises again.
+    """
+    return few_steps(velocity(model, condition), noises, *again)
+
+
+def noised_again(evaluation: EvaluationSettings) -> tuple[float, float]:
+    """The lowest and highest time of ``sample_generator``'s few steps."""
+    return evaluation.few_steps_time_min, evaluation.few_steps_time_max
 
 
 @torch.no_grad()

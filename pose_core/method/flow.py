@@ -84,14 +84,15 @@ def euler(velocity: Velocity, eps: Tensor, steps: int, shift: float = 1.0) -> Te
     return x
 
 
-def few_steps(velocity: Velocity, noises: list[Tensor]) -> Tensor:
+def few_steps(velocity: Velocity, noises: list[Tensor], t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
     """The generator's sampler: predict a clean video, add fresh noise at the next lower time, predict again.
 
-    ``noises`` holds one noise ``[B, C, T, H, W]`` a step; one of them is ``one_step``.
+    ``noises`` holds one noise ``[B, C, T, H, W]`` a step; one of them is ``one_step``. After ``k`` of ``n`` steps it is
+    noised again at ``t_max - (t_max - t_min) k / n``. Unspecified in paper: at which times.
     """
     steps = len(noises)
     x_0 = one_step(velocity, noises[0])
     for step in range(1, steps):
-        t = x_0.new_full((len(x_0),), 1 - step / steps)
+        t = x_0.new_full((len(x_0),), t_max - (t_max - t_min) * step / steps)
         x_0 = clean_estimate(velocity, add_noise(x_0, noises[step], t), t)
     return x_0

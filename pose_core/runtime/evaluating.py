@@ -16,7 +16,7 @@ from ray.util import ActorPool
 from pose_core.evaluation import motion
 from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
-from pose_core.inference.sampler import sample_generator, sample_teacher
+from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher
 from pose_core.models import families
 from pose_core.models.video_model import Condition, StockModel
 from pose_core.runtime.datasets import TRAINED_ON
@@ -89,7 +89,9 @@ class Sampler:
             with self.at_work(generator) as model:
                 latents[name] = sample_generator(model, condition, [noise])
                 for steps in evaluation.few_steps if name == "one_step" else ():
-                    latents[f"{steps}_steps"] = sample_generator(model, condition, noises[:steps])
+                    latents[f"{steps}_steps"] = sample_generator(
+                        model, condition, noises[:steps], noised_again(evaluation)
+                    )
         return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
 
 

@@ -128,10 +128,13 @@ def _settings(run: StageRun) -> dict[str, Any]:
 def _conditions(run: StageRun, clips: int) -> tuple[str, ...]:
     evaluation, shift = run.settings.evaluation, run.settings.model.timestep_shift
     steps, judge = evaluation.teacher_steps, evaluation.judge
+    evaluations = steps if evaluation.guidance == 1 else 2 * steps
     return (
         f"{clips} held-out clips, one sample each, all from the same noise, seed {run.settings.run.seed}.",
         f"Teacher: {steps} Euler steps with guidance {evaluation.guidance:g} and timestep shift {shift:g}, "
-        f"{2 * steps} network evaluations; the generator: one evaluation a step, no guidance.",
+        f"{evaluations} network evaluations; the generator: one evaluation a step, "
+        "no guidance; its few steps noise again at times between "
+        f"{evaluation.few_steps_time_min:g} and {evaluation.few_steps_time_max:g}.",
         f"SA, TC and FQ are measured by the judge `{judge}` of the embedded domain; they are not VBench's."
         if judge
         else "No judge: only what needs no network was measured.",

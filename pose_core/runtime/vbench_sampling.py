@@ -17,7 +17,7 @@ from ray.util import ActorPool
 from pose_core.data.clips import encode_mp4, fit
 from pose_core.errors import CheckpointError
 from pose_core.evaluation.vbench import CROPS, Entry, seed_of, size_of
-from pose_core.inference.sampler import sample_generator, sample_teacher
+from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher
 from pose_core.models.parts import clip_shapes
 from pose_core.runtime import manifests
 from pose_core.runtime.evaluating import Sampler
@@ -27,6 +27,8 @@ from pose_core.runtime.teachers import teacher_configs
 from pose_core.settings import Settings
 
 GENERATOR = "one_step"
+SAMPLING = {"teacher_steps", "guidance", "few_steps", "few_steps_time_min", "few_steps_time_max"}
+"""The evaluation's settings that decide what a video shows."""
 MP4_QUALITY = 10
 """Constant rate factor, as VBench-I2V's sampling asks for."""
 
@@ -81,7 +83,7 @@ def videos_store(run: StageRun, images: Path, entries: Iterable[Entry]) -> Store
             digest.update((images / CROPS / ratio / name).read_bytes())
     document = {
         "generator": manifests.fingerprint(manifests.STAGES["adversarial_equilibrium"], settings),
-        "sampling": settings.evaluation.model_dump(mode="json", include={"teacher_steps", "guidance", "few_steps"}),
+        "sampling": settings.evaluation.model_dump(mode="json", include=SAMPLING),
         "images": digest.hexdigest(),
     }
     identity = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
@@ -107,7 +109,7 @@ class SuiteSampler(Sampler):
                 latents = sample_teacher(model, condition, self.null_text, stacked[0], steps, guidance, shift)
         else:
             with self.at_work(self.generators[GENERATOR]) as model:
-                latents = sample_generator(model, condition, stacked)
+                latents = sample_generator(model, condition, stacked, noised_again(self.settings.evaluation))
         for job, video in zip(batch, self.codec.decode_uint8(latents), strict=True):
             out.write_bytes(f"{way}/{job.key}", encode_mp4(video, data.frames_per_second, quality=MP4_QUALITY))
         return len(batch)

@@ -134,5 +134,11 @@ def test_few_steps_noises_its_clean_clip_again_at_evenly_spaced_times() -> None:
     assert velocity.times == [[1], [0.5]]
 
 
+def test_few_steps_noise_again_inside_their_window() -> None:
+    velocity = Counted(_halve)
+    flow.few_steps(velocity, [clips(8)] * 4, 0.65, 0.85)
+    assert velocity.times == [[1], *([pytest.approx(t)] for t in (0.8, 0.75, 0.7))]
+
+
 def _halve(x_t: Tensor, t: Tensor) -> Tensor:
     return x_t / 2

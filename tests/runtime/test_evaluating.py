@@ -43,6 +43,12 @@ def test_every_way_to_sample_gives_whole_videos(tiny_folder: Path, stored: Store
     assert not np.array_equal(videos["teacher_2_steps"], videos["one_step"])
 
 
+def test_few_steps_noise_again_where_the_settings_say_and_one_step_does_not(tiny_folder: Path, stored: Store) -> None:
+    usual = sampler(tiny_folder, stored).sample(0, ROWS)[1]
+    late = sampler(tiny_folder, stored, "evaluation.few_steps_time_min=0.8").sample(0, ROWS)[1]
+    assert [way for way in WAYS if not np.array_equal(usual[way], late[way])] == ["4_steps"]
+
+
 def test_networks_are_held_in_the_precision_of_training_and_text_encoders_not_at_all(
     tiny_folder: Path, stored: Store
 ) -> None:
