@@ -208,7 +208,9 @@ class PrimingSettings(RenoisedSection):
     input_time_start: Annotated[float, Field(gt=0, le=1)] | None = None
     """Where that lower end starts, to move up from high to low SNR over the phase; empty: the window is fixed."""
     guidance: Annotated[float, Field(ge=0)] = 2.0
-    """Classifier-free guidance scale of the real score."""
+    """Classifier-free guidance scale of the real score. Unspecified in paper. On the digits text to video has means of
+    82.9, 86.9, 86.1 and 84.6 with 1, 1.5, 2 and 3 (four seeds; of 1, one), image to video 88.7 and 89.6 with 2 and 3
+    (two seeds)."""
     gradient_normalisation: Literal["mean_abs", "none"] = "mean_abs"
     """``mean_abs`` divides a clip's matching gradient by its mean distance from the real score's estimate."""
     ema_decay: Decay = 0.98
