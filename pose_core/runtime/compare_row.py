@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pose_core.evaluation.monitors import diversity
 from pose_core.evaluation.scoring import scorer
-from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher
+from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher, teacher_evaluations
 from pose_core.models import wan
 from pose_core.models.codec import WanCodec
 from pose_core.models.folders import local_teacher
@@ -172,7 +172,7 @@ def _teacher(job: RowJob, heldout: Heldout, advance: Advance) -> tuple[list[dict
         ) -> Tensor:
             return sample_teacher(model, condition, null_text, noises[0], steps, guidance, shift)
 
-        nfe = steps * (1 if guidance == 1 else 2)
+        nfe = teacher_evaluations(steps, guidance)
         row, videos[f"nfe_{nfe}"] = _row(job, heldout, nfe, 1, sample)
         rows.append(row)
         advance(len(rows) / 3)

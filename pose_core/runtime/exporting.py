@@ -10,6 +10,7 @@ from typing import Any
 from pose_core.evaluation.report import figures_table
 from pose_core.inference.card import SAMPLES, Facts, folder_card, lora_card, teacher_licence
 from pose_core.inference.export import export_folder
+from pose_core.inference.sampler import teacher_evaluations
 from pose_core.models import families
 from pose_core.models.folders import SHIPPED, find_folder, read_config
 from pose_core.models.lora import ADAPTER_FILE
@@ -128,7 +129,7 @@ def _settings(run: StageRun) -> dict[str, Any]:
 def _conditions(run: StageRun, clips: int) -> tuple[str, ...]:
     evaluation, shift = run.settings.evaluation, run.settings.model.timestep_shift
     steps, judge = evaluation.teacher_steps, evaluation.judge
-    evaluations = steps if evaluation.guidance == 1 else 2 * steps
+    evaluations = teacher_evaluations(steps, evaluation.guidance)
     return (
         f"{clips} held-out clips, one sample each, all from the same noise, seed {run.settings.run.seed}.",
         f"Teacher: {steps} Euler steps with guidance {evaluation.guidance:g} and timestep shift {shift:g}, "

@@ -17,7 +17,7 @@ from ray.util import ActorPool
 from pose_core.data.clips import encode_mp4, fit
 from pose_core.errors import CheckpointError
 from pose_core.evaluation.vbench import CROPS, Entry, seed_of, size_of
-from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher
+from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher, teacher_evaluations
 from pose_core.models.parts import clip_shapes
 from pose_core.runtime import manifests
 from pose_core.runtime.evaluating import Sampler
@@ -58,7 +58,7 @@ def ways(settings: Settings) -> dict[str, int]:
     """Ways to sample, named with their network evaluations, and their steps: the teacher, then the generator."""
     evaluation = settings.evaluation
     steps = evaluation.teacher_steps
-    nfe = steps if evaluation.guidance == 1 else 2 * steps
+    nfe = teacher_evaluations(steps, evaluation.guidance)
     few = {f"generator_{count}_nfe": count for count in (1, *evaluation.few_steps)}
     return {f"teacher_{nfe}_nfe": steps} | few
 
