@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 
 from pose_core.models import families
 from pose_core.models.weights import Weights
-from pose_core.runtime.cli import positive_int
 from pose_core.settings import TrainingSettings
 from pose_core.training import parallel
 
@@ -58,6 +57,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    # The ranks import this file, too: the command line's libraries, storage among them, would count as theirs.
+    from pose_core.runtime.cli import positive_int
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--layers", type=positive_int, default=5, help="blocks of 190 MB (default: %(default)s, about 1 GB)"
