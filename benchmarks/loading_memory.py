@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import WanTransformer3DModel
 from figures import Figure, record, show
+from loopback import run_as_rank
 from torch.distributed.tensor import DTensor
 
 from pose_core.models import families
@@ -85,17 +85,18 @@ def measure(folder: Path) -> list[dict[str, float]]:
 
 
 def _rank(rank: int, folder: Path, found: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    run_as_rank(rank, RANKS, folder, lambda: found.put(load(folder)))
+
+
+def load(folder: Path) -> dict[str, float]:
+    """This rank's shards of the teacher, and what they cost it."""
     family = families.get("wan")
     before = peak_bytes()
     model = family.load_teacher(folder, meta=True)
     training = TrainingSettings()
     parallel.shard_model(model, training, parallel.build_mesh(training, torch.device("cpu")))
     peak = peak_bytes()
-    found.put({"before": before, "peak": peak, "differing": count_differing(model.module, folder)})
-    dist.destroy_process_group()
+    return {"before": before, "peak": peak, "differing": count_differing(model.module, folder)}
 
 
 def peak_bytes() -> int:

@@ -18,9 +18,9 @@ from typing import Any
 
 import gpu_steps
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from figures import Figure, record, show
+from loopback import run_as_rank
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -118,17 +118,13 @@ def measure(phase: str, settings: Settings, folder: Path, scratch: Path) -> int:
 
 
 def _rank(rank: int, phase: str, settings: Settings, folder: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    world = settings.training.workers
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
-    try:
+    def work() -> None:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             train(phase, settings, folder)
         if rank == 0:
             (out / "peak").write_text(str(peak_of_second_step(profiler)))
-    finally:
-        dist.destroy_process_group()
+
+    run_as_rank(rank, settings.training.workers, out, work)
 
 
 def train(phase: str, settings: Settings, folder: Path) -> None:

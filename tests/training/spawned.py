@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from loopback import run_as_rank
 
 RANKS = 2
 LIMIT_SECONDS = 480
@@ -34,10 +33,4 @@ def run_ranks(work: Work, folder: Path, out: Path, world: int = RANKS) -> list[d
 
 
 def _rank(rank: int, work: Work, folder: Path, out: Path, world: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
-    try:
-        torch.save(work(rank, folder, out), out / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    run_as_rank(rank, world, out, lambda: torch.save(work(rank, folder, out), out / f"rank{rank}.pt"))
