@@ -60,7 +60,7 @@ class Clip:
 
     def denoise(self) -> Tensor:
         """Noise to latents in one step."""
-        return sample_generator(self.sampler.model, self.condition, [self.noise])
+        return sample_generator(self.sampler.model, self.condition, [self.noise], self.sampler.times)
 
     def generate(self) -> np.ndarray:
         """Prompt, first frame and noise to a video, in one step."""
@@ -88,13 +88,13 @@ class Interrupted:
         self.evaluations = 0
         self.seconds = 0.0
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
         """The teacher's velocity; a step is two of these, guided and not."""
         step, second = divmod(self.evaluations, 2)
         if not second:
             self.seconds += seconds(lambda: self.work(step))
         self.evaluations += 1
-        return self.model.velocity(x_t, t, condition)
+        return self.model.velocity(x_t, t, condition, told)
 
 
 def main() -> None:

@@ -155,6 +155,12 @@ def test_a_window_of_times_must_not_be_empty(section: str) -> None:
     assert "below renoise_time_max=0.4" in line
 
 
+@pytest.mark.parametrize("value", ["0.9605", "0.4", "1.001"])
+def test_a_conditioning_time_that_a_scheduler_cannot_say_is_refused(value: str) -> None:
+    assert refusal("", f"method.conditioning_time={value}").startswith("method.conditioning_time")
+    assert config.load("", ["method.conditioning_time=0.967"]).method.conditioning_time == 0.967
+
+
 def test_few_steps_times_that_fall_are_refused() -> None:
     line = refusal("", "evaluation.few_steps_time_min=0.5", "evaluation.few_steps_time_max=0.4")
     assert line == "evaluation.few_steps_time_min must not be above few_steps_time_max=0.4, it is 0.5"

@@ -12,6 +12,7 @@ import diffusers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from pose_core.inference.export import one_step_scheduler
 from pose_core.models.lora_file import COMFYUI_FILE, DIFFUSERS_FILE, Extraction
 
 SAMPLES = "samples"
@@ -49,6 +50,8 @@ class Facts:
     """The report's figures for every way to sample, as Markdown."""
     conditions: tuple[str, ...]
     """Under which conditions the figures hold, a sentence each."""
+    conditioning_time: float = 1.0
+    """What the generator is told of its noise."""
 
     @property
     def with_image(self) -> bool:
@@ -81,7 +84,7 @@ def folder_card(facts: Facts) -> str:
     code = f"""from diffusers import {facts.pipeline}
 pipe = {facts.pipeline}.from_pretrained("PATH/OF/THIS/FOLDER")
 video = {_call(facts)}"""
-    what = "One transformer evaluation a video: no guidance, scheduler shift 1."
+    what = f"One transformer evaluation a video: {_how(facts)}."
     return _card(facts, "finetune", ["one-step"], what, code, "")
 
 
@@ -89,18 +92,24 @@ def lora_card(facts: Facts, rank: int, extraction: Extraction | None) -> str:
     """README.md of the LoRA files: of ``rank``, trained as a LoRA, or extracted with the error reported."""
     guider = "" if "guidance_scale" in facts.takes else "pipe.guider = ClassifierFreeGuidance(guidance_scale=1.0)\n"
     file, more = f'"PATH/OF/THIS/FOLDER", weight_name="{DIFFUSERS_FILE}"', "ClassifierFreeGuidance, " if guider else ""
+    scheduler = ", ".join(f"{name}={value}" for name, value in one_step_scheduler(facts.conditioning_time).items())
     whole = hasattr(getattr(diffusers, facts.pipeline), "load_lora_weights")
     code = f"""from diffusers import {more}FlowMatchEulerDiscreteScheduler, {facts.pipeline}
 pipe = {facts.pipeline}.from_pretrained("{facts.teacher}")
-pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler({scheduler})
 {guider}{"pipe.load_lora_weights" if whole else "pipe.transformer.load_lora_adapter"}({file})
 video = {_call(facts)}"""
     what = (
-        f"A LoRA of rank {rank} on the teacher: one transformer evaluation a video, no guidance, scheduler shift 1. "
+        f"A LoRA of rank {rank} on the teacher: one transformer evaluation a video, {_how(facts)}. "
         f"`{DIFFUSERS_FILE}` is for diffusers, `{COMFYUI_FILE}`, where it is there, for ComfyUI's LoRA loader; both "
         "hold the same matrices. The scores are the exported folder's."
     )
     return _card(facts, "adapter", ["one-step", "lora"], what, code, _origin(extraction))
+
+
+def _how(facts: Facts) -> str:
+    told = "" if facts.conditioning_time == 1 else f", told time {facts.conditioning_time:g} of its noise"
+    return f"no guidance, scheduler shift 1{told}"
 
 
 def _call(facts: Facts) -> str:

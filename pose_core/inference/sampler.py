@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pose_core.method.flow import Velocity, euler, few_steps, guided
+from pose_core.inference.export import exported_conditioning_time
+from pose_core.method.flow import euler, few_steps, guided
 from pose_core.models import families
 from pose_core.models.parts import clip_shapes
-from pose_core.models.video_model import Codec, Condition, VideoModel
-from pose_core.result_settings import EvaluationSettings
+from pose_core.models.video_model import Codec, Condition, VideoModel, bound
+from pose_core.settings import Settings
 
 WHOLE_PROMPT = 512
 """More prompt tokens than any family keeps."""
 
 
-def velocity(model: VideoModel, condition: Condition) -> Velocity:
-    """The model's velocity with its condition bound."""
-    return partial(_velocity, model, condition)
+@dataclass(frozen=True)
+class GeneratorTimes:
+    """Times, in (0, 1], at which a generator is evaluated."""
+
+    conditioning: float = 1.0
+    """What it is told of pure noise."""
+    lowest: float = 0.0
+    highest: float = 1.0
+    """Between these two few steps noise again."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> GeneratorTimes:
+        evaluation = settings.evaluation
+        times = evaluation.few_steps_time_min, evaluation.few_steps_time_max
+        return cls(settings.method.conditioning_time, *times)
+
+    def __str__(self) -> str:
+        return (
+            f"told time {self.conditioning:g} of its noise; its few steps noise again at times between "
+            f"{self.lowest:g} and {self.highest:g}"
+        )
 
 
-def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:
-    return model.velocity(x_t, t, condition)
+ONE_STEP_TIMES = GeneratorTimes()
 
 
 @torch.no_grad()
 def sample_generator(
-    model: VideoModel, condition: Condition, noises: list[Tensor], again: tuple[float, float] = (0.0, 1.0)
+    model: VideoModel, condition: Condition, noises: list[Tensor], times: GeneratorTimes = ONE_STEP_TIMES
 ) -> Tensor:
-    """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each.
-
-    ``again`` holds the times, lowest and highest, between which ``few_steps`` noises again.
-    """
-    return few_steps(velocity(model, condition), noises, *again)
-
-
-def noised_again(evaluation: EvaluationSettings) -> tuple[float, float]:
-    """The lowest and highest time of ``sample_generator``'s few steps."""
-    return evaluation.few_steps_time_min, evaluation.few_steps_time_max
+    """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each."""
+    return few_steps(bound(model, condition, times.conditioning), noises, times.lowest, times.highest)
 
 
 @torch.no_grad()
@@ -49,8 +59,8 @@ def sample_teacher(
     model: VideoModel, condition: Condition, null_text: Tensor, noise: Tensor, steps: int, guidance: float, shift: float
 ) -> Tensor:
     """Latents ``[B, C, T, H, W]`` by ``steps`` Euler steps with classifier-free guidance (two evaluations a step)."""
-    unconditional = velocity(model, condition.with_text(null_text))
-    return euler(guided(velocity(model, condition), unconditional, guidance), noise, steps, shift)
+    unconditional = bound(model, condition.with_text(null_text))
+    return euler(guided(bound(model, condition), unconditional, guidance), noise, steps, shift)
 
 
 def teacher_evaluations(steps: int, guidance: float) -> int:
@@ -61,8 +71,8 @@ def teacher_evaluations(steps: int, guidance: float) -> int:
 class OneStepSampler:
     """A diffusers folder, seen as a function from first frames, prompts and noise to videos."""
 
-    def __init__(self, model: VideoModel, codec: Codec, folder: Path):
-        self.model, self.codec, self.folder = model, codec, folder
+    def __init__(self, model: VideoModel, codec: Codec, folder: Path, times: GeneratorTimes):
+        self.model, self.codec, self.folder, self.times = model, codec, folder, times
 
     @classmethod
     def load(cls, folder: Path, text_tokens: int = WHOLE_PROMPT) -> OneStepSampler:
@@ -72,7 +82,8 @@ class OneStepSampler:
             CheckpointError: naming the part that is missing or does not load.
         """
         family = families.of(folder)
-        return cls(family.load_generator(folder, folder), family.load_codec(folder, text_tokens), folder)
+        model, codec = family.load_generator(folder, folder), family.load_codec(folder, text_tokens)
+        return cls(model, codec, folder, GeneratorTimes(exported_conditioning_time(folder)))
 
     def __call__(self, prompts: list[str], first_frames: np.ndarray | None, noises: list[Tensor]) -> np.ndarray:
         """Videos ``[B, F, H, W, 3]``, float32 in [0, 1].
@@ -81,7 +92,7 @@ class OneStepSampler:
         """
         frames = (noises[0].shape[2] - 1) * self.codec.temporal_factor + 1
         condition = self.codec.encode_condition(prompts, first_frames, frames)
-        return self.codec.decode(sample_generator(self.model, condition, noises))
+        return self.codec.decode(sample_generator(self.model, condition, noises, self.times))
 
     def noise(self, clips: int, frames: int, height: int, width: int, seed: int) -> Tensor:
         """Standard Gaussian noise ``[B, C, T, h, w]`` for clips of the given size, from ``seed``."""

@@ -45,8 +45,8 @@ class Hunyuan15(Adapter):
         # The stock pipelines round the time to the precision of computation; here it comes in float32.
         module.time_embed.timestep_embedder.register_forward_pre_hook(_in_precision_of_weights)
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """See ``VideoModel``."""
         config = self.module.config
         text, glyphs = condition.text.tensor_split((condition.text.shape[1] - GLYPH_TOKENS,), dim=1)
         first, image = condition.first_frame, condition.image
@@ -57,7 +57,7 @@ class Hunyuan15(Adapter):
         inputs = torch.cat([x_t, first.to(x_t.dtype)], dim=1)
         return self.module(
             hidden_states=inputs.to(self.compute_dtype),
-            timestep=(t * TIMESTEPS).float(),
+            timestep=((t if told is None else told) * TIMESTEPS).float(),
             encoder_hidden_states=text.to(self.compute_dtype),
             encoder_attention_mask=_given(text),
             encoder_hidden_states_2=glyphs[..., : config.text_embed_2_dim].to(self.compute_dtype),

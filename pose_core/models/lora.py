@@ -65,10 +65,10 @@ class Role:
         mine = (lambda name: f".{self.adapter}." in name) if self.adapter else (lambda name: ".lora_" not in name)
         return {name: parameter for name, parameter in self.module.named_parameters() if mine(name)}
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """See ``VideoModel``."""
         with switched_to(self.module, self.adapter):
-            return self.base.velocity(x_t, t, condition)
+            return self.base.velocity(x_t, t, condition, told)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
         """Outputs ``[B, tokens, width]`` of the blocks named by index, in the order asked for."""

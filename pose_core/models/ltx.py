@@ -37,10 +37,10 @@ class LTX(Adapter):
         self.pixels_a_latent = temporal / FRAMES_PER_SECOND, spatial, spatial
         self.patches = module.config.patch_size_t, module.config.patch_size, module.config.patch_size
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """See ``VideoModel``."""
         first = condition.first_frame
-        times = (t * TIMESTEPS).float()
+        times = ((t if told is None else told) * TIMESTEPS).float()
         if first is None:
             return self._network(x_t, times, condition)
         tokens = [size // patch for size, patch in zip(x_t.shape[2:], self.patches, strict=True)]

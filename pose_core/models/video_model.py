@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,8 +66,11 @@ class VideoModel(Protocol):
         """Channels of a block's output."""
         ...
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``.
+
+        ``told [B]`` is the time that the network is given where that is not ``t``.
+        """
         ...
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
@@ -83,6 +87,21 @@ class VideoModel(Protocol):
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write full ``weights`` of this model as a folder that stock diffusers loads."""
         ...
+
+
+def bound(
+    model: VideoModel, condition: Condition, conditioning_time: float = 1.0
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model's velocity ``v(x_t, t)`` with its condition bound; of pure noise it is told ``conditioning_time``.
+
+    Told an earlier time than 1 it takes the noise for a clip's and leans on it more.
+    """
+    return partial(_velocity, model, condition, conditioning_time)
+
+
+def _velocity(model: VideoModel, condition: Condition, conditioning_time: float, x_t: Tensor, t: Tensor) -> Tensor:
+    told = None if conditioning_time == 1 else torch.where(t == 1, conditioning_time, t)
+    return model.velocity(x_t, t, condition, told)
 
 
 class StockModel(VideoModel, Protocol):

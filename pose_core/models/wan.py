@@ -34,10 +34,10 @@ class Wan(Adapter):
         for block in module.blocks:
             block.attn2.set_processor(PaddedTextAttention(image_tokens))
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """See ``VideoModel``."""
         inputs = x_t if condition.first_frame is None else torch.cat([x_t, condition.first_frame.to(x_t.dtype)], dim=1)
-        return self._network(inputs, t * TIMESTEPS, condition).type_as(x_t)
+        return self._network(inputs, (t if told is None else told) * TIMESTEPS, condition).type_as(x_t)
 
     def _network(self, inputs: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The stock forward pass; ``timestep`` is ``[B]``, or ``[B, tokens]`` where tokens differ in it."""

@@ -69,13 +69,14 @@ class Experts(Adapter):
     def width(self) -> int:
         return self.high.width
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """See ``VideoModel``; the time that is told decides whose clip it is."""
+        heard = t if told is None else told
 
         def evaluate(expert: Wan, rows: Tensor) -> list[Tensor]:
-            return [expert.velocity(x_t[rows], t[rows], condition.rows(rows))]
+            return [expert.velocity(x_t[rows], t[rows], condition.rows(rows), heard[rows])]
 
-        return self._by_owner(t, evaluate)[0]
+        return self._by_owner(heard, evaluate)[0]
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
         """Outputs ``[B, tokens, width]`` of each clip's expert's blocks, in the order asked for."""

@@ -22,12 +22,12 @@ from pose_core.models.wan import Wan, WanFamily
 class WanTI2V(Wan):
     """A ``WanTransformer3DModel`` with a time for every token; without a first frame they are all the same."""
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``v(x_t, t, c)`` for ``x_t [B, C, T, H, W]`` and ``t [B]`` in [0, 1]; shaped like ``x_t``."""
-        first = condition.first_frame
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """See ``VideoModel``."""
+        first, told = condition.first_frame, t if told is None else told
         if first is None:
-            return self._network(x_t, t * TIMESTEPS, condition).type_as(x_t)
-        predicted = self._network(with_given_frame(x_t, first), self._times(x_t, t), condition).type_as(x_t)
+            return self._network(x_t, told * TIMESTEPS, condition).type_as(x_t)
+        predicted = self._network(with_given_frame(x_t, first), self._times(x_t, told), condition).type_as(x_t)
         return keep_given_frame(predicted, x_t, first, t)
 
     def _times(self, x_t: Tensor, t: Tensor) -> Tensor:

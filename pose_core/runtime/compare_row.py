@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pose_core.evaluation.monitors import diversity
 from pose_core.evaluation.scoring import scorer
-from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher, teacher_evaluations
+from pose_core.inference.sampler import GeneratorTimes, sample_generator, sample_teacher, teacher_evaluations
 from pose_core.models import wan
 from pose_core.models.codec import WanCodec
 from pose_core.models.folders import local_teacher
@@ -144,10 +144,10 @@ def _generator(
     model = wan.load(job.trained, image_tokens=wan.count_image_tokens(_teacher_folder(job.settings)))
     model.module.eval()
     costs = {"updates": trained["updates"], "cpu_seconds": round(sum(trained["cpu_seconds"].values()), 2)}
-    again = noised_again(job.settings.evaluation)
+    times = GeneratorTimes.of(job.settings)
     rows, videos = [], {}
     for steps in (1, 2, 4) if job.method == POSE else (1,):
-        row, made = _row(job, heldout, steps, steps, partial(sample_generator, model, again=again))
+        row, made = _row(job, heldout, steps, steps, partial(sample_generator, model, times=times))
         rows.append(row | costs)
         videos[f"nfe_{steps}"] = made
     return rows, videos

@@ -63,18 +63,26 @@ def method_settings(settings: Settings, method: str, seed: int) -> Settings:
     Every row gets as many generator updates as POSE does in both phases. Rivals with one phase do them all in it.
     """
     total = settings.priming.steps + settings.equilibrium.steps
-    distilled = round(total * settings.rivals.consistency_share)
+    rivals = settings.rivals
+    distilled = round(total * rivals.consistency_share)
     only_first = [f"priming.steps={total}", "equilibrium.steps=0"]
     only_second = ["priming.steps=0", f"equilibrium.steps={total}"]
+
+    def rival(name: str, conditioning_time: float) -> list[str]:
+        return [f"method.name={name}", f"method.conditioning_time={conditioning_time}"]
+
     changes = {
         "pose_no_priming": only_second,
         "pose_priming_only": only_first,
         "pose_frozen": ["equilibrium.backbone=frozen"],
         I2V_ONLY: ["equilibrium.semantic_head=false", "equilibrium.conditional_sds_weight=0"],
-        "dmd2": ["method.name=dmd2", *only_first],
-        "lcm": ["method.name=lcm", *only_first],
-        "ladd": ["method.name=ladd", *only_second],
-        "apt": ["method.name=apt", f"priming.steps={distilled}", f"equilibrium.steps={total - distilled}"],
+        "dmd2": [*rival("dmd2", rivals.matching_conditioning_time), *only_first],
+        "lcm": [*rival("lcm", rivals.consistency_conditioning_time), *only_first],
+        "ladd": [*rival("ladd", rivals.adversarial_conditioning_time), *only_second],
+        "apt": [
+            *rival("apt", rivals.consistency_conditioning_time),
+            *(f"priming.steps={distilled}", f"equilibrium.steps={total - distilled}"),
+        ],
     }
     return config.load(config.dump(settings), [f"run.seed={seed}", *changes.get(method, [])])
 

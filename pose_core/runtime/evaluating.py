@@ -16,7 +16,7 @@ from ray.util import ActorPool
 from pose_core.evaluation import motion
 from pose_core.evaluation.report import summarise, write_report
 from pose_core.evaluation.scoring import scorer, with_reference
-from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher
+from pose_core.inference.sampler import GeneratorTimes, sample_generator, sample_teacher
 from pose_core.models import families
 from pose_core.models.video_model import Condition, StockModel
 from pose_core.runtime.datasets import TRAINED_ON
@@ -79,6 +79,7 @@ class Sampler:
         noise = noises[0]
         evaluation, shift = self.settings.evaluation, self.settings.model.timestep_shift
         many, guidance = evaluation.teacher_steps, evaluation.guidance
+        times = GeneratorTimes.of(self.settings)
         with self.at_work(self.teacher) as model:
             latents = {
                 f"teacher_{many}_steps": sample_teacher(model, condition, self.null_text, noise, many, guidance, shift),
@@ -87,11 +88,9 @@ class Sampler:
             }
         for name, generator in self.generators.items():
             with self.at_work(generator) as model:
-                latents[name] = sample_generator(model, condition, [noise])
+                latents[name] = sample_generator(model, condition, [noise], times)
                 for steps in evaluation.few_steps if name == "one_step" else ():
-                    latents[f"{steps}_steps"] = sample_generator(
-                        model, condition, noises[:steps], noised_again(evaluation)
-                    )
+                    latents[f"{steps}_steps"] = sample_generator(model, condition, noises[:steps], times)
         return index, {name: self.codec.decode_uint8(value) for name, value in latents.items()}
 
 

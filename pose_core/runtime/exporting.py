@@ -10,7 +10,7 @@ from typing import Any
 from pose_core.evaluation.report import figures_table
 from pose_core.inference.card import SAMPLES, Facts, folder_card, lora_card, teacher_licence
 from pose_core.inference.export import export_folder
-from pose_core.inference.sampler import teacher_evaluations
+from pose_core.inference.sampler import GeneratorTimes, teacher_evaluations
 from pose_core.models import families
 from pose_core.models.folders import SHIPPED, find_folder, read_config
 from pose_core.models.lora import ADAPTER_FILE
@@ -40,7 +40,7 @@ def export_generator(run: StageRun) -> None:
         run.artifact_of("adversarial_equilibrium").download_folder("generator", generator)
         run.artifact_of("evaluate").download_folder("report", report)
         run.display.update(run.name, 1, 4)
-        export_folder(teacher, generator / "transformer", out, settings.model.task)
+        export_folder(teacher, generator / "transformer", out, settings.model.task, settings.method.conditioning_time)
         _store(run, out, folder_card(facts), report)
         run.display.update(run.name, 2, 4)
         found = _lora(run, teacher, generator)
@@ -105,6 +105,7 @@ def _facts(run: StageRun, teacher: Path) -> Facts:
         figures=summary["figures"]["one_step"],
         table=figures_table(summary["figures"]),
         conditions=_conditions(run, summary["run"]["clips"]),
+        conditioning_time=run.settings.method.conditioning_time,
     )
 
 
@@ -134,8 +135,7 @@ def _conditions(run: StageRun, clips: int) -> tuple[str, ...]:
         f"{clips} held-out clips, one sample each, all from the same noise, seed {run.settings.run.seed}.",
         f"Teacher: {steps} Euler steps with guidance {evaluation.guidance:g} and timestep shift {shift:g}, "
         f"{evaluations} network evaluations; the generator: one evaluation a step, "
-        "no guidance; its few steps noise again at times between "
-        f"{evaluation.few_steps_time_min:g} and {evaluation.few_steps_time_max:g}.",
+        f"no guidance, {GeneratorTimes.of(run.settings)}.",
         f"SA, TC and FQ are measured by the judge `{judge}` of the embedded domain; they are not VBench's."
         if judge
         else "No judge: only what needs no network was measured.",

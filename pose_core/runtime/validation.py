@@ -12,7 +12,7 @@ from torch import Tensor
 from pose_core.data.clips import encode_mp4
 from pose_core.evaluation.monitors import monitor
 from pose_core.evaluation.pictures import contact_sheet, side_by_side
-from pose_core.inference.sampler import sample_generator
+from pose_core.inference.sampler import GeneratorTimes, sample_generator
 from pose_core.method.flow import euler
 from pose_core.models import families
 from pose_core.models.video_model import Codec, Condition
@@ -33,6 +33,7 @@ class Validation:
     def __init__(self, job: PhaseJob, networks: Networks, device: torch.device):
         self.job, self.networks = job, networks
         settings = job.settings
+        self.times = GeneratorTimes.of(settings)
         self.pictured, self.monitored = settings.training.sample_clips, settings.alarms.clips
         if not settings.alarms.every_steps:
             self.monitored = 0
@@ -75,7 +76,7 @@ class Validation:
             self.job.tracker.log_file(video, "samples")
 
     def _generator(self, noise: Tensor) -> Tensor:
-        return sample_generator(self.networks.average, self.condition.rows(slice(len(noise))), [noise])
+        return sample_generator(self.networks.average, self.condition.rows(slice(len(noise))), [noise], self.times)
 
     @torch.no_grad()
     def _teacher(self, noise: Tensor) -> Tensor:

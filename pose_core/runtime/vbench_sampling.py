@@ -17,7 +17,7 @@ from ray.util import ActorPool
 from pose_core.data.clips import encode_mp4, fit
 from pose_core.errors import CheckpointError
 from pose_core.evaluation.vbench import CROPS, Entry, seed_of, size_of
-from pose_core.inference.sampler import noised_again, sample_generator, sample_teacher, teacher_evaluations
+from pose_core.inference.sampler import GeneratorTimes, sample_generator, sample_teacher, teacher_evaluations
 from pose_core.models.parts import clip_shapes
 from pose_core.runtime import manifests
 from pose_core.runtime.evaluating import Sampler
@@ -109,7 +109,7 @@ class SuiteSampler(Sampler):
                 latents = sample_teacher(model, condition, self.null_text, stacked[0], steps, guidance, shift)
         else:
             with self.at_work(self.generators[GENERATOR]) as model:
-                latents = sample_generator(model, condition, stacked, noised_again(self.settings.evaluation))
+                latents = sample_generator(model, condition, stacked, GeneratorTimes.of(self.settings))
         for job, video in zip(batch, self.codec.decode_uint8(latents), strict=True):
             out.write_bytes(f"{way}/{job.key}", encode_mp4(video, data.frames_per_second, quality=MP4_QUALITY))
         return len(batch)

@@ -16,6 +16,7 @@ import torch
 from pose_core.errors import ConfigError, DataError
 from pose_core.evaluation import vbench
 from pose_core.evaluation.vbench import CROPS, INFO, Entry
+from pose_core.inference.sampler import GeneratorTimes
 from pose_core.result_settings import VbenchSettings
 from pose_core.runtime.preparing import open_prepared
 from pose_core.runtime.stage import StageRun
@@ -178,8 +179,7 @@ def _conditions(settings: Settings, results: dict[str, Any], wanted: list[Job]) 
         f"Ours: {prompts} prompts, {chosen.videos_per_prompt} seeds each, noise from run.seed={settings.run.seed}; "
         "every way to sample starts from the same noise.",
         f"Ours: the teacher by {evaluation.teacher_steps} Euler steps, guidance {evaluation.guidance:g}, shift "
-        f"{settings.model.timestep_shift:g}; the generator's few steps noise again at times between "
-        f"{evaluation.few_steps_time_min:g} and {evaluation.few_steps_time_max:g}.",
+        f"{settings.model.timestep_shift:g}; the generator {GeneratorTimes.of(settings)}.",
         "Ours: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
     ]
     left_out = [name for name in vbench.NEEDED if name not in chosen.dimensions]

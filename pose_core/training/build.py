@@ -94,7 +94,8 @@ def _roles(
             for role in (learning, average):
                 load_adapter(role, file)
     fake = _adapter(frozen.base, "fake_score", settings.priming.fake_lora_rank, settings) if with_fake else None
-    return Networks(learning, average, frozen, null_text, fake)
+    told = settings.method.conditioning_time
+    return Networks(learning, average, frozen, null_text, fake, conditioning_time=told)
 
 
 def _adapter(base: StockModel, name: str, rank: int, settings: Settings) -> Role:

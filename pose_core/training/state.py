@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from pose_core.method.flow import Velocity, guided
 from pose_core.models.heads import DiscriminatorHeads
 from pose_core.models.lora import Role
-from pose_core.models.video_model import Condition, StockModel, VideoModel
+from pose_core.models.video_model import Condition, StockModel, bound
 from pose_core.training.parallel import Mesh
 
 
@@ -38,7 +37,7 @@ class Networks:
     ``teacher`` is frozen; ``average`` is the generator's running average. The others exist where a turn updates them:
     ``fake``, the fake score; ``heads`` of the discriminator; ``discriminator``, a rival's backbone of its own. Roles
     may share one module (see ``models/lora.py``). ``null_text [1, L, D]`` is the empty prompt. ``mesh`` is there once
-    they are sharded.
+    they are sharded. ``conditioning_time`` is what the generator is told of pure noise.
     """
 
     generator: Role
@@ -49,6 +48,7 @@ class Networks:
     discriminator: Role | None = None
     heads: DiscriminatorHeads | None = None
     mesh: Mesh | None = None
+    conditioning_time: float = 1.0
 
     def roles(self) -> dict[str, Role]:
         """The transformers by role."""
@@ -82,27 +82,21 @@ class Networks:
 
     def v_theta(self, condition: Condition) -> Velocity:
         """The generator's velocity with its condition bound."""
-        return partial(_velocity, self.generator, condition)
+        return bound(self.generator, condition, self.conditioning_time)
 
     def v_average(self, condition: Condition) -> Velocity:
         """The averaged generator's velocity."""
-        return partial(_velocity, self.average, condition)
+        return bound(self.average, condition, self.conditioning_time)
 
     def v_phi(self, condition: Condition) -> Velocity:
         """The fake score's velocity, without guidance."""
         assert self.fake is not None
-        return partial(_velocity, self.fake, condition)
+        return bound(self.fake, condition)
 
     def v_real(self, condition: Condition, guidance: float) -> Velocity:
         """The frozen teacher's velocity with classifier-free guidance."""
         unconditional = condition.with_text(self.null_text)
-        return guided(
-            partial(_velocity, self.teacher, condition), partial(_velocity, self.teacher, unconditional), guidance
-        )
-
-
-def _velocity(model: VideoModel, condition: Condition, x_t: Tensor, t: Tensor) -> Tensor:
-    return model.velocity(x_t, t, condition)
+        return guided(bound(self.teacher, condition), bound(self.teacher, unconditional), guidance)
 
 
 class Draws:

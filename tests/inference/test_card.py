@@ -72,6 +72,14 @@ def test_the_code_is_python_and_asks_for_one_step_of_the_trained_size(kind: str)
     assert ("load_lora_weights" in code) == (kind == "lora")
 
 
+def test_a_card_says_what_the_generator_is_told_of_its_noise_where_that_is_not_time_one() -> None:
+    told = replace(FACTS, conditioning_time=0.96)
+    for usual, card in zip(CARDS.values(), (folder_card(told), lora_card(told, 64, EXTRACTION)), strict=True):
+        assert "told time 0.96 of its noise" in card and "told time" not in usual
+    assert "FlowMatchEulerDiscreteScheduler(shift=1.0)" in CARDS["lora"]
+    assert "FlowMatchEulerDiscreteScheduler(num_train_timesteps=960, shift=1.0)" in lora_card(told, 64, EXTRACTION)
+
+
 def test_a_text_to_video_model_is_called_without_an_image() -> None:
     card = folder_card(replace(FACTS, pipeline="WanPipeline"))
     assert "image=" not in card and ModelCard(card).data.to_dict()["pipeline_tag"] == "text-to-video"

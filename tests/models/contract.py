@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from pose_core.inference.export import export_folder
-from pose_core.inference.sampler import OneStepSampler, velocity
+from pose_core.inference.sampler import OneStepSampler
 from pose_core.method.flow import guided
 from pose_core.models import families
 from pose_core.models.parts import check_parts, clip_shapes
-from pose_core.models.video_model import Condition
+from pose_core.models.video_model import Condition, bound
 
 PROMPT = "a seven moving up and left"
 TOKENS = 16
@@ -181,7 +181,7 @@ class FamilyContract:
         assert len(found.times) == 3 and found.times[0] > 0.99
         model = families.of(folder).load_teacher(folder)
         null = condition.with_text(codec.encode_text([""]))
-        ours = guided(velocity(model, condition), velocity(model, null), guidance)
+        ours = guided(bound(model, condition), bound(model, null), guidance)
         skipped = int(self.holds_first_frame)
         for output, time, sample in zip(found.outputs, found.times, found.samples, strict=True):
             x_t = self.clip_of(sample, condition)
@@ -233,8 +233,23 @@ class FamilyContract:
         model.features(x_t, torch.tensor([0.5]), condition, [0])
         assert not ran and len(model.blocks) == self.blocks
 
+    def test_only_of_pure_noise_it_is_told_another_time(
+        self, folder: Path, condition: Condition, noise: Tensor
+    ) -> None:
+        model = families.of(folder).load_teacher(folder)
+        usual, told = bound(model, condition), bound(model, condition, 0.75)
+        one, earlier = torch.ones(1), torch.full((1,), 0.75)
+        with torch.no_grad():
+            assert torch.equal(told(noise, earlier), usual(noise, earlier))
+            assert not torch.equal(told(noise, one), usual(noise, one))
+            # A given frame is where the step ends whatever the network is told; the others move as they do at 0.75.
+            frames = slice(1 if condition.first_frame is not None and condition.first_frame.shape[2] == 1 else 0, None)
+            assert torch.equal(told(noise, one)[:, :, frames], usual(noise, earlier)[:, :, frames])
+            assert torch.equal(told(noise, one)[:, :, : frames.start], usual(noise, one)[:, :, : frames.start])
+
+    @pytest.mark.parametrize("told", [1.0, 0.96])
     def test_the_exported_folder_samples_in_one_step_in_the_stock_pipeline(
-        self, folder: Path, condition: Condition, noise: Tensor, first_frame: np.ndarray, tmp_path: Path
+        self, folder: Path, condition: Condition, noise: Tensor, first_frame: np.ndarray, tmp_path: Path, told: float
     ) -> None:
         model = families.of(folder).load_generator(folder, folder)
         generator = torch.Generator().manual_seed(4)
@@ -243,9 +258,10 @@ class FamilyContract:
             for name, value in model.module.state_dict().items()
         }
         model.save(tmp_path / "generator", weights)
-        export_folder(folder, tmp_path / "generator", tmp_path / "model", self.task)
+        export_folder(folder, tmp_path / "generator", tmp_path / "model", self.task, told)
         check_parts(tmp_path / "model", weights=True)
         sampler = OneStepSampler.load(tmp_path / "model", TOKENS)
+        assert sampler.times.conditioning == told
         ours = sampler([PROMPT], first_frame[None] if self.task == "i2v" else None, [noise])[0]
         pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
         assert type(pipe).__name__ == self.pipeline

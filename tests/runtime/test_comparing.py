@@ -97,6 +97,15 @@ def test_every_method_gets_as_many_generator_updates_and_differs_in_nothing_but_
     assert (apt.priming.steps, apt.equilibrium.steps) == (158, 52)  # three quarters are consistency distillation
 
 
+def test_rivals_are_told_times_of_their_own() -> None:
+    times = {"consistency": 0.9, "adversarial": 0.8, "matching": 0.7}
+    own = [f"rivals.{name}_conditioning_time={time}" for name, time in times.items()]
+    settings = config.load("", ["method.conditioning_time=0.96", *own])
+    told = {method: method_settings(settings, method, 0).method.conditioning_time for method in METHODS}
+    rivals = {"lcm": 0.9, "apt": 0.9, "ladd": 0.8, "dmd2": 0.7}
+    assert told == dict.fromkeys(METHODS, 0.96) | rivals
+
+
 def flatten(settings: Settings) -> dict[str, object]:
     sections = settings.model_dump(mode="json").items()
     return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}

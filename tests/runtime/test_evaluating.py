@@ -49,6 +49,13 @@ def test_few_steps_noise_again_where_the_settings_say_and_one_step_does_not(tiny
     assert [way for way in WAYS if not np.array_equal(usual[way], late[way])] == ["4_steps"]
 
 
+def test_what_the_generator_is_told_of_its_noise_changes_its_videos_alone(tiny_folder: Path, stored: Store) -> None:
+    usual = sampler(tiny_folder, stored).sample(0, ROWS)[1]
+    told = sampler(tiny_folder, stored, "method.conditioning_time=0.9").sample(0, ROWS)[1]
+    changed = [way for way in WAYS if not np.array_equal(usual[way], told[way])]
+    assert changed == ["primed_1_step", "one_step", "4_steps"]
+
+
 def test_networks_are_held_in_the_precision_of_training_and_text_encoders_not_at_all(
     tiny_folder: Path, stored: Store
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from phases import PHASES, build_phase, differing
 
 from pose_core.training import rival_turns
@@ -43,6 +45,21 @@ def test_the_table_in_the_source_says_what_the_turns_move(tiny_folder: Path, riv
 
 def test_apt_primes_by_consistency_distillation(tiny_folder: Path) -> None:
     assert moved_by(tiny_folder, "apt", "priming") == {"generator": {"generator"}}
+
+
+@pytest.mark.parametrize("method", ["pose", "apt", "ladd", "dmd2"])
+def test_every_turn_that_samples_tells_the_generator_the_time_that_is_set(tiny_folder: Path, method: str) -> None:
+    phase = build_phase("equilibrium", tiny_folder, f"method.name={method}", "method.conditioning_time=0.875")
+    told: list[float] = []
+
+    def note(_module: torch.nn.Module, _given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        told.extend(set(named["timestep"].tolist()))
+
+    phase.networks.generator.module.register_forward_pre_hook(note, with_kwargs=True)
+    for turn in phase.turns:
+        told.clear()
+        phase.train(0, 1, turns=[turn])
+        assert set(told) == {875}, turn.name
 
 
 @pytest.mark.parametrize("name", PHASES)
