@@ -43,12 +43,12 @@ class GeneratorTimes:
         )
 
 
-ONE_STEP_TIMES = GeneratorTimes()
+DEFAULT_TIMES = GeneratorTimes()
 
 
 @torch.no_grad()
 def sample_generator(
-    model: VideoModel, condition: Condition, noises: list[Tensor], times: GeneratorTimes = ONE_STEP_TIMES
+    model: VideoModel, condition: Condition, noises: list[Tensor], times: GeneratorTimes = DEFAULT_TIMES
 ) -> Tensor:
     """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each."""
     return few_steps(bound(model, condition, times.conditioning), noises, times.lowest, times.highest)
