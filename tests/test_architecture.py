@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60
 
-LEAVES = {"config", "errors", "settings", "data_settings", "result_settings"}
+LEAVES = {"config", "errors", "settings", "data_settings", "method_settings", "result_settings"}
 BOTTOM = {"method", "rivals", "models", "data"}
 MIDDLE = {"training", "evaluation", "inference"}
 MAY_IMPORT = {
@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "config": {"errors", "settings"},
     "section": set[str](),
     "data_settings": {"section"},
+    "method_settings": {"section"},
     "result_settings": {"section"},
-    "settings": {"section", "data_settings", "result_settings"},
+    "settings": {"section", "data_settings", "method_settings", "result_settings"},
     "method": {"method"},
     "rivals": {"rivals", "method"},
     "models": {"models", "errors"},

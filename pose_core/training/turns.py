@@ -23,9 +23,9 @@ from pose_core.method import adversarial_equilibrium as equilibrium
 from pose_core.method import conditional_consistency as consistency
 from pose_core.method import stability_priming as priming
 from pose_core.method.flow import one_step, sample_times
+from pose_core.method_settings import EquilibriumSettings, PrimingSettings, RenoisedSection
 from pose_core.models.lora import Role
 from pose_core.models.video_model import Condition
-from pose_core.settings import EquilibriumSettings, PrimingSettings, RenoisedSection
 from pose_core.training.state import Batch, Draws, Networks
 
 
