@@ -18,9 +18,10 @@ class MethodSettings(Section):
     name: Literal["pose", "dmd2", "apt", "ladd", "lcm"] = "pose"
     """``pose``, or a rival of ``pose_core/rivals``, through the same loop, data and sharding."""
     conditioning_time: ConditioningTime = 1.0
-    """Time that the generator is told of pure noise, in training and whenever it is sampled. Told an earlier one than 1
-    it takes the noise for a clip's and leans on it more. Unspecified in paper. With 0.96 image to video has a mean of
-    90.3 instead of 89.7 on the digits (two seeds), text to video 87.0 and 87.1 (one)."""
+    """Time that the generator is told of pure noise, whenever it is sampled and in training (but consistency
+    distillation). Told an earlier one than 1 it takes the noise for a clip's and leans on it more. Unspecified in
+    paper. With 0.96 image to video has a mean of 90.3 instead of 89.7 on the digits (two seeds), text to video 87.0 and
+    87.1 (one)."""
 
 
 class RenoisedSection(Section):

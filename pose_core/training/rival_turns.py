@@ -22,6 +22,7 @@ from torch import Tensor
 from pose_core.method import adversarial_equilibrium as equilibrium
 from pose_core.method import stability_priming as priming
 from pose_core.method.flow import add_noise, one_step
+from pose_core.models.video_model import bound
 from pose_core.rivals import apt, lcm
 from pose_core.settings import Settings
 from pose_core.training.state import Batch, Draws, Networks
@@ -41,7 +42,8 @@ def lcm_turns(settings: Settings) -> list[Turn]:
 
     def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
         t, s = lcm.grid_times(draws.uniform(batch.x_0), rivals.consistency_intervals)
-        v_theta, v_average = networks.v_theta(batch.condition), networks.v_average(batch.condition)
+        # Every time by its own name: what one step gains from being told another is lost where that is trained.
+        v_theta, v_average = (bound(role, batch.condition) for role in (networks.generator, networks.average))
         v_real = networks.v_real(batch.condition, rivals.consistency_guidance)
         loss = lcm.consistency_loss(v_theta, v_average, v_real, batch.x_0, draws.normal(batch.x_0), t, s)
         return Losses(loss, {})

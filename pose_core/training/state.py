@@ -37,7 +37,7 @@ class Networks:
     ``teacher`` is frozen; ``average`` is the generator's running average. The others exist where a turn updates them:
     ``fake``, the fake score; ``heads`` of the discriminator; ``discriminator``, a rival's backbone of its own. Roles
     may share one module (see ``models/lora.py``). ``null_text [1, L, D]`` is the empty prompt. ``mesh`` is there once
-    they are sharded. ``conditioning_time`` is what the generator is told of pure noise.
+    they are sharded.
     """
 
     generator: Role
@@ -81,12 +81,8 @@ class Networks:
         return groups
 
     def v_theta(self, condition: Condition) -> Velocity:
-        """The generator's velocity with its condition bound."""
+        """The generator's velocity with its condition bound; of pure noise it is told ``conditioning_time``."""
         return bound(self.generator, condition, self.conditioning_time)
-
-    def v_average(self, condition: Condition) -> Velocity:
-        """The averaged generator's velocity."""
-        return bound(self.average, condition, self.conditioning_time)
 
     def v_phi(self, condition: Condition) -> Velocity:
         """The fake score's velocity, without guidance."""

@@ -62,6 +62,15 @@ def test_every_turn_that_samples_tells_the_generator_the_time_that_is_set(tiny_f
         assert set(told) == {875}, turn.name
 
 
+def test_consistency_distillation_calls_every_time_by_its_name(tiny_folder: Path) -> None:
+    histories = []
+    for told in (1, 0.875):
+        phase = build_phase("priming", tiny_folder, "method.name=lcm", f"method.conditioning_time={told}")
+        phase.train(0, 3)
+        histories.append(phase.history)
+    assert histories[0] == histories[1]
+
+
 @pytest.mark.parametrize("name", PHASES)
 @pytest.mark.parametrize("rival", RIVALS)
 def test_a_run_repeats_and_stays_finite(tiny_folder: Path, rival: str, name: str) -> None:
