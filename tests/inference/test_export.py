@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from pose_core.inference.export import export_folder
+from pose_core.errors import CheckpointError
+from pose_core.inference.export import export_folder, exported_conditioning_time, one_step_scheduler
 from pose_core.inference.sampler import OneStepSampler, sample_teacher, teacher_evaluations
 from pose_core.models import wan
 from pose_core.models.video_model import Condition
@@ -105,6 +107,19 @@ def test_it_holds_the_generators_weights_and_a_one_step_scheduler(exported: Path
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     generator = (exported.parent / "generator" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert (exported / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == generator
+
+
+def test_the_scheduler_says_what_the_generator_is_told_of_its_noise(exported: Path, tmp_path: Path) -> None:
+    for time, timesteps in ((1.0, 1000), (0.967, 967)):
+        FlowMatchEulerDiscreteScheduler(**one_step_scheduler(time)).save_pretrained(tmp_path / "scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+        scheduler.set_timesteps(1)
+        assert scheduler.timesteps.tolist() == [timesteps] and scheduler.sigmas.tolist() == [1, 0]
+        assert exported_conditioning_time(tmp_path) == time
+    assert exported_conditioning_time(exported) == 1
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match="scheduler/scheduler_config.json"):
+        exported_conditioning_time(tmp_path)
 
 
 def test_the_teachers_folder_is_left_as_it_was(exported: Path, tiny_folder: Path) -> None:
