@@ -22,7 +22,7 @@ WHOLE_PROMPT = 512
 
 @dataclass(frozen=True)
 class GeneratorTimes:
-    """Times, in (0, 1], at which a generator is evaluated."""
+    """Times, in [0, 1], of a generator's evaluations."""
 
     conditioning: float = 1.0
     """What it is told of pure noise."""
@@ -43,13 +43,8 @@ class GeneratorTimes:
         )
 
 
-DEFAULT_TIMES = GeneratorTimes()
-
-
 @torch.no_grad()
-def sample_generator(
-    model: VideoModel, condition: Condition, noises: list[Tensor], times: GeneratorTimes = DEFAULT_TIMES
-) -> Tensor:
+def sample_generator(model: VideoModel, condition: Condition, noises: list[Tensor], times: GeneratorTimes) -> Tensor:
     """Latents ``[B, C, T, H, W]`` in ``len(noises)`` evaluations, one noise ``[B, C, T, H, W]`` each."""
     return few_steps(bound(model, condition, times.conditioning), noises, times.lowest, times.highest)
 
