@@ -47,12 +47,14 @@ def test_a_checkpoint_collects_what_outlived_a_step() -> None:
             assert left() is None
 
 
-def test_what_is_there_after_the_first_checkpoints_is_not_looked_through_again() -> None:
+def test_only_the_first_two_checkpoints_set_aside_what_is_there() -> None:
+    set_aside = []
     with Garbage() as garbage:
-        counts = [gc.get_freeze_count()]
-        held = []
         for _ in range(4):
-            held.append([[number] for number in range(1000)])
+            held = Cycle()
+            left = weakref.ref(held)
             garbage.before_checkpoint()
-            counts.append(gc.get_freeze_count())
-    assert counts[0] < counts[1] < counts[2] == counts[3] == counts[4]
+            del held
+            gc.collect()
+            set_aside.append(left() is not None)
+    assert set_aside == [True, True, False, False]
