@@ -48,6 +48,11 @@ _HEAD_SETTINGS = {
     "METRICS_RECORD_INTERVAL_S": "3600",
     # Ray Train trains in a thread, and glibc gives each a heap; with one heap for all a step took 0.90 to 1.02 of that.
     "MALLOC_ARENA_MAX": "1",
+    # Ray keeps a worker a core that has nothing to do; these end soon after their last task.
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "10000",
+    # Ray's own choice, 15, lets in ahead of training whatever else wakes up; `nice` before a command is for all of it.
+    "RAY_worker_niceness": "0",
     # Nobody drains the only node there is.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

@@ -11,6 +11,8 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pose_core.errors import ClusterError, PoseError
@@ -79,6 +81,18 @@ def _steps(phase: str, settings: Settings) -> int:
     return settings.priming.steps if phase == "priming" else settings.equilibrium.steps
 
 
+class LeanTrainer(TorchTrainer):
+    """Without two helpers of Ray Train's, each a process that wakes a hundred times a second beside the training.
+
+    One deals out datasets that a trainer was given; ours is given none. The other frees the workers' places should Ray
+    Train's controller be killed: that ends the phase, and Ray frees them with the phase's job.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        spared = DatasetsCallback, PlacementGroupCleanerCallback
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, spared)]
+
+
 def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
     training = job.settings.training
     # Ray Train keeps a note of its own here and wants a place that all nodes see; checkpoints are ours.
@@ -90,7 +104,7 @@ def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
     if training.min_workers:
         # For up to 35 s Ray does not see that a node is dead, and waits for room on it: look again after 10 s, not 60.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    return TorchTrainer(
+    return LeanTrainer(
         run_phase,
         train_loop_config={"job": job},
         torch_config=ListeningTorchConfig(grace_seconds=training.preemption_grace_seconds),

@@ -155,19 +155,36 @@ def test_workers_get_the_secrets_and_nothing_shows_them(head: LocalRay) -> None:
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has batch work")
 def test_ray_interrupts_no_worker_that_trains(head: LocalRay) -> None:
-    """Ray's own processes are batch work, a rank with every thread that it has is none."""
+    """Ray's own processes are batch work, a rank with every thread that it has is none, and no less important."""
     program = (
         "import os, threading, ray; from pose_core.runtime.worker import leave_batch_work\n"
         "def policies():\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "    before, own = os.sched_getscheduler(0), os.listdir('/proc/self/task')\n"
         "    leave_batch_work()\n"
-        "    return before, {os.sched_getscheduler(int(thread)) for thread in own}\n"
+        "    after = {os.sched_getscheduler(int(thread)) for thread in own}\n"
+        "    return before, after, os.getpriority(os.PRIO_PROCESS, 0)\n"
         "ray.init(); print('policies', *ray.get(ray.remote(policies).remote()))"
     )
     lines: list[str] = []
     run_job(connect(), "policies", shlex.join([sys.executable, "-c", program]), {}, on_line=lines.append)
-    assert f"policies {os.SCHED_BATCH} {{{os.SCHED_OTHER}}}" in lines
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert f"policies {os.SCHED_BATCH} {{{os.SCHED_OTHER}}} {own}" in lines
+
+
+@pytest.mark.integration
+def test_no_worker_is_kept_that_has_nothing_to_do(head: LocalRay) -> None:
+    program = (
+        "import os, psutil, time, ray; ray.init()\n"
+        "raylet, until = psutil.Process(ray.get(ray.remote(lambda: os.getppid()).remote())), time.monotonic() + 60\n"
+        "def idle(): return sum('ray::IDLE' in ''.join(each.cmdline()) for each in raylet.children())\n"
+        "print('after a task', idle() > 0)\n"
+        "while idle() and time.monotonic() < until: time.sleep(0.5)\n"
+        "print('later', idle() > 0)"
+    )
+    lines: list[str] = []
+    run_job(connect(), "idle", shlex.join([sys.executable, "-c", program]), {}, on_line=lines.append)
+    assert "after a task True" in lines and "later False" in lines
 
 
 @pytest.mark.integration

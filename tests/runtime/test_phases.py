@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray.train
+from ray.train.torch import TorchTrainer
 
 from pose_core import config
 from pose_core.errors import ClusterError, PoseError, StorageGoneError
@@ -73,3 +74,13 @@ def test_an_error_that_would_only_come_back_ends_it_at_once(
 ) -> None:
     with pytest.raises(type(final), match=str(final)):
         fit((4, final), (9, None))
+
+
+def test_a_phase_goes_without_the_helpers_of_ray_train_that_it_has_no_use_for() -> None:
+    def helpers(kind: type[TorchTrainer]) -> set[str]:
+        trainer = kind(print, scaling_config=ray.train.ScalingConfig(num_workers=1))
+        return {type(each).__name__ for each in trainer._create_default_callbacks()}
+
+    spared = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert spared < helpers(TorchTrainer)
+    assert helpers(phases.LeanTrainer) == helpers(TorchTrainer) - spared
