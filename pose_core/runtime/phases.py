@@ -10,10 +10,14 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._raylet import PlacementGroupID
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_placement_groups
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
@@ -48,14 +52,32 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
 
 def _fit(job: PhaseJob, run: StageRun) -> dict[str, float]:
     """Train to the end; as long as checkpoints are made, failures that may pass are never too many."""
-    reached = last_step(run.artifact, run.settings.storage.retry_seconds)
+    reached, deaths = last_step(run.artifact, run.settings.storage.retry_seconds), 0
     while True:
         try:
             return _trainer(job, run.fingerprint).fit().return_value
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, RayActorError) as error:
             before, reached = reached, last_step(run.artifact, run.settings.storage.retry_seconds)
-            if _is_final(error) or reached <= before:
-                raise _told(error, run, job) from error
+            if not isinstance(error, RayActorError):
+                if _is_final(error) or reached <= before:
+                    raise _told(error, run, job) from error
+                continue
+            # Ray Train's controller is dead. It counts the deaths of workers, nobody those of its own.
+            deaths = 1 if reached > before else deaths + 1
+            if deaths > run.settings.training.max_failures:
+                raise ClusterError(
+                    f"{run.name}: Ray Train's controller died {deaths} times without a new checkpoint, more than "
+                    "training.max_failures allows: see the memory of its node, then run the same command again"
+                ) from error
+            run.display.note(f"{run.name:<24} Ray Train's controller died: another one starts")
+            free_places()
+
+
+def free_places() -> None:
+    """Give back what this job holds for workers: Ray frees a dead controller's places with the end of its job only."""
+    own = ray.get_runtime_context().get_job_id()
+    for group in list_placement_groups(filters=[("creator_job_id", "=", own), ("state", "!=", "REMOVED")]):
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
 
 
 def _told(error: Exception, run: StageRun, job: PhaseJob) -> PoseError:
@@ -85,7 +107,7 @@ class LeanTrainer(TorchTrainer):
     """Without two helpers of Ray Train's, each a process that wakes a hundred times a second beside the training.
 
     One deals out datasets that a trainer was given; ours is given none. The other frees the workers' places should Ray
-    Train's controller be killed: that ends the phase, and Ray frees them with the phase's job.
+    Train's controller be killed, as ``free_places`` does.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.integration
 
 STEPS, CHECKPOINT_EVERY, WORKERS = 30, 4, 2
 PHASES = ("stability_priming", "adversarial_equilibrium")
-FEW = (("worker", PHASES[0], 0), ("job", PHASES[1], 0))
+KINDS = ("worker", "controller", "job")
+FEW = (("worker", PHASES[0], 0), ("controller", PHASES[1], 0), ("job", PHASES[1], 0))
 SETTINGS = (
     *("data.digits_clips=32", "data.digits_heldout_clips=8", "data.digits_clips_per_tar=16", "data.clips_per_shard=8"),
     *("data.encoder_actors=1", "training.batch_per_worker=1", "training.sample_clips=1", "evaluation.judge="),
@@ -32,7 +33,7 @@ SETTINGS = (
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kill" in metafunc.fixturenames:
         many = metafunc.config.getoption("--kills")
-        every = [(kind, phase, seed) for phase in PHASES for kind in ("worker", "job") for seed in range(many)]
+        every = [(kind, phase, seed) for phase in PHASES for kind in KINDS for seed in range(many)]
         metafunc.parametrize("kill", every if many else FEW, ids=lambda kill: "-".join(map(str, kill)))
 
 
@@ -59,6 +60,10 @@ def test_a_killed_phase_ends_with_the_same_bits(ground: Ground, kill: tuple[str,
         rng.choice(ground.workers()[-WORKERS:]).kill()
         attempt.end()
         print(f"{name}: killed at step {killed_at}, went on from {attempt.resumed_at()}")
+    elif kind == "controller":
+        ground.actors("TrainController")[-1].kill()
+        attempt.end()
+        print(f"{name}: killed at step {killed_at}, another controller went on from {attempt.resumed_at()}")
     else:
         attempt.process.kill()
         attempt.process.wait()
