@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
@@ -148,7 +148,10 @@ def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Holds the newest step and losses of a phase, and lines worth reading; rank 0 writes, the driver reads."""
+    """Holds the newest step and losses of a phase, and lines worth reading; rank 0 writes, the driver reads.
+
+    One that dies starts again and knows of nothing that was said before.
+    """
 
     def __init__(self) -> None:
         self.newest: tuple[int, dict[str, float]] = (0, {})
@@ -182,12 +185,22 @@ class ProgressBoard:
         """How often a rank's watchdog has ended it."""
         return len(self.rings)
 
-    def read(self, rings: int, notes: int) -> tuple[int, dict[str, float], list[tuple[str, str]], list[str]]:
-        """The newest step, its values, and what the driver has not read: reasons with stacks, and lines.
+    def read(self, rings: int, notes: int) -> Reading:
+        """What there is, for a driver that has read the first ``rings`` of the ones and ``notes`` of the others."""
+        new_rings = self.rings[rings if rings <= len(self.rings) else 0 :]
+        new_notes = self.notes[notes if notes <= len(self.notes) else 0 :]
+        return Reading(*self.newest, new_rings, new_notes, len(self.rings), len(self.notes))
 
-        It has read the first ``rings`` of the ones and the first ``notes`` of the others.
-        """
-        return *self.newest, self.rings[rings:], self.notes[notes:]
+
+class Reading(NamedTuple):
+    """Of a board: the newest step with its values; reasons with stacks, and lines, that were not read yet; how many."""
+
+    step: int
+    values: dict[str, float]
+    new_rings: list[tuple[str, str]]
+    new_notes: list[str]
+    rings: int
+    notes: int
 
 
 @contextmanager
@@ -195,22 +208,23 @@ def _progress(run: StageRun, steps: int) -> Iterator[Any]:
     """A board whose content a thread keeps drawing until the phase ends."""
     # On the driver's own node: a node that is lost must not take it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    lasting = {"max_restarts": -1, "max_task_retries": -1}
+    board = ProgressBoard.options(scheduling_strategy=here, **lasting).remote()  # type: ignore[attr-defined]
     ended = threading.Event()
-    last, told, heard = -1, 0, 0
+    last, heard, told = -1, 0, 0
 
     def draw() -> None:
-        nonlocal last, told, heard
-        step, values, rings, notes = ray.get(board.read.remote(heard, told))
-        for reason, stacks in rings:
+        nonlocal last, heard, told
+        found = ray.get(board.read.remote(heard, told))
+        for reason, stacks in found.new_rings:
             run.display.note(f"{run.name:<24} ended by the watchdog, {reason}; its stacks are in this stage's log")
             print(stacks, flush=True)
-        for text in notes:
+        for text in found.new_notes:
             run.display.note(f"{run.name:<24} {text}")
-        heard, told = heard + len(rings), told + len(notes)
-        if step != last:
-            run.display.update(run.name, step, steps, **values)
-            last = step
+        heard, told = found.rings, found.notes
+        if found.step != last:
+            run.display.update(run.name, found.step, steps, **found.values)
+            last = found.step
 
     def keep_drawing() -> None:
         while not ended.wait(1.0):

@@ -19,8 +19,12 @@ pytestmark = pytest.mark.integration
 
 STEPS, CHECKPOINT_EVERY, WORKERS = 30, 4, 2
 PHASES = ("stability_priming", "adversarial_equilibrium")
-KINDS = ("worker", "controller", "job")
-FEW = (("worker", PHASES[0], 0), ("controller", PHASES[1], 0), ("job", PHASES[1], 0))
+ACTORS = {"worker": "RayTrainWorker", "controller": "TrainController", "board": "ProgressBoard"}
+KINDS = (*ACTORS, "job")
+FEW = (
+    *(("worker", PHASES[0], 0), ("board", PHASES[0], 0)),
+    *(("controller", PHASES[1], 0), ("job", PHASES[1], 0)),
+)
 SETTINGS = (
     *("data.digits_clips=32", "data.digits_heldout_clips=8", "data.digits_clips_per_tar=16", "data.clips_per_shard=8"),
     *("data.encoder_actors=1", "training.batch_per_worker=1", "training.sample_clips=1", "evaluation.judge="),
@@ -56,14 +60,10 @@ def test_a_killed_phase_ends_with_the_same_bits(ground: Ground, kill: tuple[str,
     attempt = ground.run(name, phase)
     killed_at = attempt.until(rng.randrange(1, STEPS))
     time.sleep(rng.uniform(0, 1))
-    if kind == "worker":
-        rng.choice(ground.workers()[-WORKERS:]).kill()
+    if kind in ACTORS:
+        rng.choice(ground.actors(ACTORS[kind])[-WORKERS if kind == "worker" else -1 :]).kill()
         attempt.end()
         print(f"{name}: killed at step {killed_at}, went on from {attempt.resumed_at()}")
-    elif kind == "controller":
-        ground.actors("TrainController")[-1].kill()
-        attempt.end()
-        print(f"{name}: killed at step {killed_at}, another controller went on from {attempt.resumed_at()}")
     else:
         attempt.process.kill()
         attempt.process.wait()
