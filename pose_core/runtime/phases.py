@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import ray
 import ray.train
 from ray._raylet import PlacementGroupID
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -56,13 +56,13 @@ def _fit(job: PhaseJob, run: StageRun) -> dict[str, float]:
     while True:
         try:
             return _trainer(job, run.fingerprint).fit().return_value
-        except (ray.train.TrainingFailedError, RayActorError) as error:
+        except ray.train.TrainingFailedError as error:
             before, reached = reached, last_step(run.artifact, run.settings.storage.retry_seconds)
-            if not isinstance(error, RayActorError):
-                if _is_final(error) or reached <= before:
-                    raise _told(error, run, job) from error
-                continue
-            # Ray Train's controller is dead. It counts the deaths of workers, nobody those of its own.
+            if _is_final(error) or reached <= before:
+                raise _told(error, run, job) from error
+        except ActorDiedError as error:
+            # Ray Train's controller. It counts the deaths of workers, nobody those of its own.
+            before, reached = reached, last_step(run.artifact, run.settings.storage.retry_seconds)
             deaths = 1 if reached > before else deaths + 1
             if deaths > run.settings.training.max_failures:
                 raise ClusterError(

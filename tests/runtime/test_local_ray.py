@@ -86,6 +86,13 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
+def printed(name: str, program: str) -> list[str]:
+    """The lines that a Python program prints as a job."""
+    lines: list[str] = []
+    run_job(connect(), name, shlex.join([sys.executable, "-c", program]), {}, on_line=lines.append)
+    return lines
+
+
 def temporary_folder(family: list[psutil.Process]) -> Path:
     words = [word for process in family for word in command_line(process)]
     return next(Path(word.removeprefix("--temp-dir=")) for word in words if word.startswith("--temp-dir="))
@@ -138,8 +145,7 @@ def test_workers_get_the_secrets_and_nothing_shows_them(head: LocalRay) -> None:
         "import os, ray; ray.init(); "
         "print('worker has', ray.get(ray.remote(lambda: len(os.environ['AWS_SECRET_ACCESS_KEY'])).remote()))"
     )
-    lines: list[str] = []
-    run_job(connect(), "secret", f'{sys.executable} -c "{program}"', {}, on_line=lines.append)
+    lines = printed("secret", program)
     assert f"worker has {len(SECRET)}" in lines
     family = psutil.Process().children(recursive=True)
     commands = [" ".join(command_line(process)) for process in family]
@@ -166,8 +172,7 @@ def test_ray_interrupts_no_worker_that_trains(head: LocalRay) -> None:
         "    return before, after, os.getpriority(os.PRIO_PROCESS, 0)\n"
         "ray.init(); print('policies', *ray.get(ray.remote(policies).remote()))"
     )
-    lines: list[str] = []
-    run_job(connect(), "policies", shlex.join([sys.executable, "-c", program]), {}, on_line=lines.append)
+    lines = printed("policies", program)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert f"policies {os.SCHED_BATCH} {{{os.SCHED_OTHER}}} {own}" in lines
 
@@ -182,8 +187,7 @@ def test_no_worker_is_kept_that_has_nothing_to_do(head: LocalRay) -> None:
         "while idle() and time.monotonic() < until: time.sleep(0.5)\n"
         "print('later', idle() > 0)"
     )
-    lines: list[str] = []
-    run_job(connect(), "idle", shlex.join([sys.executable, "-c", program]), {}, on_line=lines.append)
+    lines = printed("idle", program)
     assert "after a task True" in lines and "later False" in lines
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray.train
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError
 from ray.train.torch import TorchTrainer
 
 from pose_core import config
@@ -38,7 +38,7 @@ class Attempts:
         if step:
             Kept(SteadyFiles(self.artifact.child(FOLDER), 0), 2).commit(Saved(f"step-{step}", step, step, [], "{}"))
         if error is not None:
-            raise error if isinstance(error, RayActorError) else failed(error)
+            raise error if isinstance(error, ActorDiedError) else failed(error)
         return SimpleNamespace(return_value={"good_step": step})
 
 
