@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from diffusers import WanTransformer3DModel
 from figures import Figure, record, show
 from loopback import run_as_rank
 from torch.distributed.tensor import DTensor
@@ -57,7 +56,8 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    # The ranks import this file, too: the command line's libraries, storage among them, would count as theirs.
+    # The ranks import this file, too: the command line's libraries, storage among them, would count as theirs, and so
+    # would what diffusers imports when it is not `pose_core.models` that imports it first.
     from pose_core.runtime.cli import positive_int
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_folder(folder: Path, layers: int) -> None:
     """A transformer like that of Wan 2.1 1.3B, with fewer blocks."""
+    from diffusers import WanTransformer3DModel
+
     torch.manual_seed(0)
     module = WanTransformer3DModel(
         num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers, in_channels=16

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from pose_core.errors import CheckpointError
 
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
-REOPEN_BYTES = 8 * 2**20
+REOPEN_BYTES = 2**20
 """A file is mapped into memory; closing it after so many bytes read gives the pages back that were looked at."""
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 2**20
 """Rows are copied so many bytes at a time (at least one row): a piece is held twice, in the file's precision too."""
 
 
