@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 """Part of the project: the parts of ``pose_core`` it may import."""
 
-MODELS = ("pose_core/models/", "pose_core/inference/")
+MODELS = ("pose_core/models/",)
 STORAGE = tuple(f"pose_core/runtime/{name}.py" for name in ("storage", "storage_errors", "s3_client"))
 DISTRIBUTED = tuple(
     f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "checkpoint_files", "memory")
@@ -52,7 +52,8 @@ AT_HOME = {
     "transformers": MODELS,
     "peft": MODELS,
     "tokenizers": MODELS,
-    "huggingface_hub": MODELS,
+    "accelerate": MODELS,
+    "huggingface_hub": (*MODELS, "pose_core/inference/"),
     "av": ("pose_core/data/",),
     "torchcodec": ("pose_core/data/",),
 }
@@ -185,7 +186,7 @@ def test_the_reader_of_these_trees_sees_a_breach(path: str, source: str, name: s
         ("pose_core/method/x.py", "from pose_core.method.flow import euler\nfrom .flow import add_noise"),
         ("pose_core/training/parallel.py", "import torch.distributed as dist"),
         ("pose_core/data/shards.py", "import pyarrow.parquet as pq\nfrom pose_core.errors import DataError"),
-        ("pose_core/inference/sampler.py", "from pose_core.models import wan\nimport diffusers"),
+        ("pose_core/inference/sampler.py", "from pose_core.models import wan\nimport huggingface_hub"),
         ("pose_core/runtime/worker.py", "import ray.train\nfrom pose_core.training import loop"),
         ("pose_core/data/clips.py", "import rayon\nimport average"),
         ("pipelines/export.py", "from pose_core.runtime import cli\nfrom pose_core.data import shards"),

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from scipy.fft import dctn
 
 from pose_core.data.buckets import Bucket, cropped_share, nearest
 from pose_core.data.video import Video
@@ -230,6 +229,9 @@ def perceptual_hash(grey: np.ndarray) -> str:
     The picture is brought to 32 x 32; of its cosine transform the 8 x 8 lowest frequencies without the mean are
     compared with their median (the scheme known as pHash).
     """
+    # Here and not above: every worker imports this file, and few ever hash.
+    from scipy.fft import dctn
+
     image = Image.fromarray(grey.astype(np.uint8)).resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BILINEAR)
     low = dctn(np.asarray(image, dtype=np.float64), norm="ortho")[:8, :8].reshape(-1)
     bits = low > np.median(low[1:])

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pose_core.inference.export import one_step_scheduler
 from pose_core.models.lora_file import COMFYUI_FILE, DIFFUSERS_FILE, Extraction
+from pose_core.models.parts import stock_class
 
 SAMPLES = "samples"
 """Folder beside a card with ``contact_sheet.png`` and ``comparison.mp4``."""
@@ -61,7 +61,7 @@ class Facts:
     @property
     def takes(self) -> set[str]:
         """Arguments of a call of the pipeline."""
-        return set(inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters)
+        return set(inspect.signature(stock_class(self.pipeline).__call__).parameters)
 
     @property
     def task(self) -> str:
@@ -93,7 +93,7 @@ def lora_card(facts: Facts, rank: int, extraction: Extraction | None) -> str:
     guider = "" if "guidance_scale" in facts.takes else "pipe.guider = ClassifierFreeGuidance(guidance_scale=1.0)\n"
     file, more = f'"PATH/OF/THIS/FOLDER", weight_name="{DIFFUSERS_FILE}"', "ClassifierFreeGuidance, " if guider else ""
     scheduler = ", ".join(f"{name}={value}" for name, value in one_step_scheduler(facts.conditioning_time).items())
-    whole = hasattr(getattr(diffusers, facts.pipeline), "load_lora_weights")
+    whole = hasattr(stock_class(facts.pipeline), "load_lora_weights")
     code = f"""from diffusers import {more}FlowMatchEulerDiscreteScheduler, {facts.pipeline}
 pipe = {facts.pipeline}.from_pretrained("{facts.teacher}")
 pipe.scheduler = FlowMatchEulerDiscreteScheduler({scheduler})

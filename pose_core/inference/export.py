@@ -6,12 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-from diffusers import FlowMatchEulerDiscreteScheduler
-
 from pose_core.models import families
 from pose_core.models.folders import missing, read_index, read_json
+from pose_core.models.parts import stock_class
 
-SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER_CLASS, SCHEDULER = "FlowMatchEulerDiscreteScheduler", "scheduler/scheduler_config.json"
 
 
 def one_step_scheduler(conditioning_time: float) -> dict[str, float | int]:
@@ -48,8 +47,8 @@ def export_folder(
     left_out = ("transformer", "transformer_2", "scheduler", "README.md", ".*")
     shutil.copytree(teacher, out, ignore=shutil.ignore_patterns(*left_out))
     shutil.copytree(generator, out / "transformer")
-    FlowMatchEulerDiscreteScheduler(**one_step_scheduler(conditioning_time)).save_pretrained(out / "scheduler")
+    stock_class(SCHEDULER_CLASS)(**one_step_scheduler(conditioning_time)).save_pretrained(out / "scheduler")
     index = family.one_step_index(read_index(teacher), task or family.tasks(teacher)[0])
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    index["scheduler"] = ["diffusers", SCHEDULER_CLASS]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     family.finish_export(out)

@@ -31,6 +31,11 @@ _SHARD_INDEX = "*.safetensors.index.json"
 _WEIGHTS = "*.safetensors"
 
 
+def stock_class(name: str) -> Any:
+    """A class of diffusers: a pipeline, a scheduler, a network."""
+    return getattr(diffusers, name)
+
+
 def clip_shapes(
     folder: Path, *, frames: int, height: int, width: int, text_tokens: int, task: str | None = None
 ) -> ClipShapes:
