@@ -178,7 +178,7 @@ class Meter:
             self.profile.export_chrome_trace(str(file))
             self.job.artifact.write_bytes(f"traces/{file.name}", file.read_bytes())
             self.job.tracker.log_file(file, "traces")
-        self.job.progress.note.remote(f"traced {file.name}: open {self.job.artifact.url('traces')} in Perfetto")
+        self.job.board.note(f"traced {file.name}: open {self.job.artifact.url('traces')} in Perfetto")
         self.profile = None
 
     def _stop_profile(self) -> None:

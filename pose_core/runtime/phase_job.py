@@ -6,8 +6,8 @@ Light to import: Ray Train's own processes carry it too, and need neither torch 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from pose_core.runtime.board import Board
 from pose_core.runtime.feeding import TrainingData
 from pose_core.runtime.storage import Store
 from pose_core.runtime.tracking import Tracker
@@ -26,8 +26,8 @@ class PhaseJob:
     generator: Store | None
     """Artifact of the earlier phase whose generator this one starts from; None starts from the teacher."""
     tracker: Tracker
-    progress: Any
-    """Ray actor that takes ``update(step, values)``."""
+    board: Board
+    """Where the workers say what they do."""
 
     @property
     def steps(self) -> int:

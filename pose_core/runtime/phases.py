@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.train
@@ -16,11 +13,11 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_placement_groups
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
+from pose_core.runtime.board import drawn
 from pose_core.runtime.checkpoints import last_step
 from pose_core.runtime.failures import EndAtOnce, final_error
 from pose_core.runtime.feeding import TrainingData
@@ -45,7 +42,7 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
         ClusterError: the phase failed more often than ``training.max_failures`` allows.
     """
     generator = run.artifact_of(start_from) if start_from else None
-    with _progress(run, _steps(phase, run.settings)) as board:
+    with drawn(run.display, run.name, _steps(phase, run.settings)) as board:
         job = PhaseJob(phase, run.settings, _data(run), run.artifact, generator, run.tracker, board)
         run.metrics |= _fit(job, run)
 
@@ -82,7 +79,7 @@ def free_places() -> None:
 
 def _told(error: Exception, run: StageRun, job: PhaseJob) -> PoseError:
     """The one line that says why the phase failed and what helps."""
-    told = plain(error, run.name, *ray.get(job.progress.why.remote()))
+    told = plain(error, run.name, [reason for reason, _ in job.board.rings().values()], job.board.kills())
     if isinstance(told, MemoryExhausted):
         run.display.note(f"{run.name:<24} {told}: looking for settings that need less")
         told = with_advice(told, job.phase, job.settings)
@@ -146,103 +143,6 @@ def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
     )
 
 
-@ray.remote(num_cpus=0)
-class ProgressBoard:
-    """Holds the newest step and losses of a phase, and lines worth reading; rank 0 writes, the driver reads.
-
-    One that dies starts again and knows of nothing that was said before.
-    """
-
-    def __init__(self) -> None:
-        self.newest: tuple[int, dict[str, float]] = (0, {})
-        self.notes: list[str] = []
-        self.kills: dict[str, int] = {}
-        self.rings: list[tuple[str, str]] = []
-
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Called by rank 0 without waiting; no values mean that it has just begun, at ``step``."""
-        if not values and (step or self.newest[0]):
-            self.note(f"goes on from step {step}")
-        self.newest = (step, values)
-
-    def note(self, text: str) -> None:
-        """Called by rank 0 without waiting, with one line for the person who watches."""
-        self.notes.append(text)
-
-    def at_work(self, node: str, kernel_kills: int) -> None:
-        """Called by every rank of every attempt as it begins."""
-        self.kills.setdefault(node, kernel_kills)
-
-    def why(self) -> tuple[list[str], dict[str, int]]:
-        """The watchdogs' reasons to end ranks, and by node id how many processes its kernel had killed at first."""
-        return [reason for reason, _ in self.rings], self.kills
-
-    def ring(self, reason: str, stacks: str) -> None:
-        """Called by the watchdog of a rank that ends."""
-        self.rings.append((reason, stacks))
-
-    def rung(self) -> int:
-        """How often a rank's watchdog has ended it."""
-        return len(self.rings)
-
-    def read(self, rings: int, notes: int) -> Reading:
-        """What there is, for a driver that has read the first ``rings`` of the ones and ``notes`` of the others."""
-        new_rings = self.rings[rings if rings <= len(self.rings) else 0 :]
-        new_notes = self.notes[notes if notes <= len(self.notes) else 0 :]
-        return Reading(*self.newest, new_rings, new_notes, len(self.rings), len(self.notes))
-
-
-class Reading(NamedTuple):
-    """Of a board: the newest step with its values; reasons with stacks, and lines, that were not read yet; how many."""
-
-    step: int
-    values: dict[str, float]
-    new_rings: list[tuple[str, str]]
-    new_notes: list[str]
-    rings: int
-    notes: int
-
-
-@contextmanager
-def _progress(run: StageRun, steps: int) -> Iterator[Any]:
-    """A board whose content a thread keeps drawing until the phase ends."""
-    # On the driver's own node: a node that is lost must not take it along.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = {"max_restarts": -1, "max_task_retries": -1}
-    board = ProgressBoard.options(scheduling_strategy=here, **lasting).remote()  # type: ignore[attr-defined]
-    ended = threading.Event()
-    last, heard, told = -1, 0, 0
-
-    def draw() -> None:
-        nonlocal last, heard, told
-        found = ray.get(board.read.remote(heard, told))
-        for reason, stacks in found.new_rings:
-            run.display.note(f"{run.name:<24} ended by the watchdog, {reason}; its stacks are in this stage's log")
-            print(stacks, flush=True)
-        for text in found.new_notes:
-            run.display.note(f"{run.name:<24} {text}")
-        heard, told = found.rings, found.notes
-        if found.step != last:
-            run.display.update(run.name, found.step, steps, **found.values)
-            last = found.step
-
-    def keep_drawing() -> None:
-        while not ended.wait(1.0):
-            draw()
-
-    thread = threading.Thread(target=keep_drawing, daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        ended.set()
-        thread.join(timeout=5)
-        # Also after a failure: the lines before it may say why.
-        with suppress(ray.exceptions.RayError):
-            draw()
-        ray.kill(board)
-
-
 def _causes(error: Exception) -> list[Exception]:
     """What a failed phase came from: the controller's error, or the workers'."""
     while isinstance(error, ray.train.ControllerError):
@@ -257,7 +157,7 @@ def _is_final(error: Exception) -> bool:
 def plain(error: Exception, stage: str, rings: list[str], kills: dict[str, int]) -> PoseError:
     """The error a worker meant, if it was one of ours; else one line about what ended the phase.
 
-    ``rings`` and ``kills`` are what ``ProgressBoard.why`` says.
+    ``rings`` are the watchdogs' reasons to end ranks, ``kills`` what the board says of the nodes' kernels.
     """
     causes = _causes(error)
     for cause in causes:

@@ -18,7 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import ray
 
@@ -64,7 +64,7 @@ class Limits:
 
 
 class Bell(Protocol):
-    """What all ranks of a phase hear."""
+    """What all ranks of a phase hear: the phase's board."""
 
     def ring(self, reason: str, stacks: str) -> None:
         """Say why this rank ends and what its threads do."""
@@ -73,19 +73,6 @@ class Bell(Protocol):
     def rung(self) -> int:
         """How often it was rung in this phase, in all attempts."""
         ...
-
-
-class BoardBell:
-    """The bell of a phase's board, a Ray actor that outlives the workers."""
-
-    def __init__(self, board: Any):
-        self._board = board
-
-    def ring(self, reason: str, stacks: str) -> None:
-        ray.get(self._board.ring.remote(reason, stacks), timeout=GATHER_SECONDS)
-
-    def rung(self) -> int:
-        return ray.get(self._board.rung.remote(), timeout=GATHER_SECONDS)
 
 
 class Watchdog:

@@ -31,7 +31,7 @@ from pose_core.runtime.out_of_memory import kernel_kills, told
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
-from pose_core.runtime.watchdog import BoardBell, Limits, Watchdog
+from pose_core.runtime.watchdog import Limits, Watchdog
 from pose_core.settings import TrainingSettings
 from pose_core.training import build, loop, parallel
 from pose_core.training.alarms import Alarms, Collapse
@@ -50,7 +50,7 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
     if settings.training.threads_per_worker:
         torch.set_num_threads(settings.training.threads_per_worker)
     device = ray.train.torch.get_device()
-    job.progress.at_work.remote(ray.get_runtime_context().get_node_id(), kernel_kills())
+    job.board.at_work(ray.get_runtime_context().get_node_id(), kernel_kills())
     with told(device), contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         turns = build.phase_turns(job.phase, settings)
@@ -63,7 +63,7 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
         done = kept.load(found, networks, optimizers) if found else 0
         meter = Meter(job, networks, optimizers, turns, device)
-        watchdog = Watchdog(Limits.of(settings), BoardBell(job.progress), parallel.rank(), parallel.ranks())
+        watchdog = Watchdog(Limits.of(settings), job.board, parallel.rank(), parallel.ranks())
         stack.enter_context(watchdog)
         with meter.record("validation"):
             watch = _Watch(job, networks, optimizers, device, kept, found, batches, meter, watchdog)
@@ -203,7 +203,7 @@ class _Watch:
                 self._checkpoint(step)
             self.kept.wait()
         if self.rank == 0:
-            self.job.progress.note.remote(f"a worker is about to be taken away: step {step} is stored")
+            self.job.board.note(f"a worker is about to be taken away: step {step} is stored")
         if notice == preemption.TERMINATED:
             raise preemption.PreemptedError(f"a worker was told to end (SIGTERM) at step {step}, which is stored")
 
@@ -225,7 +225,7 @@ class _Watch:
             rates = self.meter.rates()
             self.job.tracker.log_metrics(step, values | rates | {"seconds_per_step": seconds, WAIT: self._wait_share()})
             shown |= self.meter.beside_the_bar(rates)
-        self.job.progress.update.remote(step, shown)
+        self.job.board.update(step, shown)
 
     def _has_collapsed(self, step: int) -> bool:
         """Measure, log and warn; whether any figure is collapsed now, the same on all ranks."""
@@ -244,7 +244,7 @@ class _Watch:
         figure, value, teacher = collapse
         what = f"{figure} fell to {value:.3g} at step {step}, below {self.alarms.lowest_share:g} of the teacher's"
         kept = f"checkpoint step-{self.good_step:07d} is kept" if self.good_step else "there is no checkpoint before it"
-        self.job.progress.note.remote(f"warning: {what} {teacher:.3g} (alarms.lowest_share); {kept}")
+        self.job.board.note(f"warning: {what} {teacher:.3g} (alarms.lowest_share); {kept}")
         self.job.tracker.set_tags({f"alarm.{figure}": f"{what} {teacher:.3g}"})
 
     def _checkpoint(self, step: int) -> None:
@@ -293,7 +293,7 @@ class _Watch:
                 "learning rate or training.checkpoint_every_steps, or set alarms.stop_early=false"
             )
         if self.rank == 0:
-            self.job.progress.note.remote(f"ends early with the weights of step {good.step}")
+            self.job.board.note(f"ends early with the weights of step {good.step}")
         return self.kept.load(good, self.networks, self.optimizers)
 
 
