@@ -46,6 +46,7 @@ def main() -> None:
         Figure("loading_peak_a_rank", most["peak"] / MEGABYTE, "MB", bar / MEGABYTE, RANKS),
         Figure("libraries_a_rank", most["before"] / MEGABYTE, "MB", None, RANKS),
         Figure("loading_alone_a_rank", taken / MEGABYTE, "MB", SHARE * size / MEGABYTE, RANKS),
+        Figure("loaded_proportional_a_rank", most["proportional"] / MEGABYTE, "MB", None, RANKS),
         Figure("folder_size", size / MEGABYTE, "MB", None, 1),
         Figure("differing_weights", sum(each["differing"] for each in found), "weights", 0.0, 1),
     ]
@@ -97,14 +98,23 @@ def load(folder: Path) -> dict[str, float]:
     model = family.load_teacher(folder, meta=True)
     training = TrainingSettings()
     parallel.shard_model(model, training, parallel.build_mesh(training, torch.device("cpu")))
-    peak = peak_bytes()
-    return {"before": before, "peak": peak, "differing": count_differing(model.module, folder)}
+    found: dict[str, float] = {"before": before, "peak": peak_bytes(), "proportional": proportional_bytes()}
+    return found | {"differing": count_differing(model.module, folder)}
 
 
 def peak_bytes() -> int:
     """The most memory this process ever held, mapped files included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return _kernel_says("status", "VmHWM")
+
+
+def proportional_bytes() -> int:
+    """What this process holds now; of a page that n processes share, the libraries' code above all, an n-th."""
+    return _kernel_says("smaps_rollup", "Pss")
+
+
+def _kernel_says(file: str, name: str) -> int:
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 def count_differing(module: torch.nn.Module, folder: Path) -> int:

@@ -13,7 +13,6 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup
-from ray.util.state import list_placement_groups
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
@@ -73,8 +72,10 @@ def _fit(job: PhaseJob, run: StageRun) -> dict[str, float]:
 def free_places() -> None:
     """Give back what this job holds for workers: Ray frees a dead controller's places with the end of its job only."""
     own = ray.get_runtime_context().get_job_id()
-    for group in list_placement_groups(filters=[("creator_job_id", "=", own), ("state", "!=", "REMOVED")]):
-        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
+    for group_id, group in ray.util.placement_group_table().items():
+        # The id of a group ends with that of the job whose processes made it.
+        if group_id.endswith(own) and group["state"] != "REMOVED":
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
 
 
 def _told(error: Exception, run: StageRun, job: PhaseJob) -> PoseError:
