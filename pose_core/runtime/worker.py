@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 import tempfile
 import time
 import warnings
@@ -24,6 +22,7 @@ from pose_core.models.video_model import Condition
 from pose_core.runtime import preemption
 from pose_core.runtime.batches import Batches
 from pose_core.runtime.checkpoints import PhaseCheckpoints, Saved
+from pose_core.runtime.cores import take_cores
 from pose_core.runtime.datasets import TRAINED_ON
 from pose_core.runtime.garbage import Garbage
 from pose_core.runtime.meter import Meter
@@ -44,7 +43,8 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
     """One rank of a phase: build, restore, train, and on rank 0 write the averaged generator; figures of the rank."""
     job = config["job"]
     settings = job.settings
-    leave_batch_work()
+    place = ray.train.get_context()
+    take_cores(place.get_local_rank(), place.get_local_world_size())
     # FSDP warns that a view it returned must not be changed in place; nothing here does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     if settings.training.threads_per_worker:
@@ -87,13 +87,6 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         watch.finish()
         _write_result(job, networks, Path(scratch))
         return watch.figures
-
-
-def leave_batch_work() -> None:
-    """Let the kernel wake this process at once, its collectives' threads too; see how ``local_ray`` starts Ray."""
-    for thread in os.listdir("/proc/self/task") if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError):  # the thread has ended, or a container forbids it
-            os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:

@@ -18,6 +18,7 @@ import requests
 
 from pose_core.errors import ClusterError
 from pose_core.runtime.cluster import capacity, connect, on_this_machine
+from pose_core.runtime.cores import share
 from pose_core.runtime.jobs import run_job
 from pose_core.runtime.local_ray import LocalRay
 
@@ -161,20 +162,30 @@ def test_workers_get_the_secrets_and_nothing_shows_them(head: LocalRay) -> None:
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has batch work")
 def test_ray_interrupts_no_worker_that_trains(head: LocalRay) -> None:
-    """Ray's own processes are batch work, a rank with every thread that it has is none, and no less important."""
+    """Ray's own processes are batch work; a rank with every thread is none, no less important, and on its own cores."""
     program = (
-        "import os, threading, ray; from pose_core.runtime.worker import leave_batch_work\n"
+        "import os, threading, ray; from pose_core.runtime.cores import take_cores\n"
         "def policies():\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "    before, own = os.sched_getscheduler(0), os.listdir('/proc/self/task')\n"
-        "    leave_batch_work()\n"
-        "    after = {os.sched_getscheduler(int(thread)) for thread in own}\n"
+        "    take_cores(1, 2)\n"
+        "    after = {(os.sched_getscheduler(int(each)), *os.sched_getaffinity(int(each))) for each in own}\n"
         "    return before, after, os.getpriority(os.PRIO_PROCESS, 0)\n"
         "ray.init(); print('policies', *ray.get(ray.remote(policies).remote()))"
     )
     lines = printed("policies", program)
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert f"policies {os.SCHED_BATCH} {{{os.SCHED_OTHER}}} {own}" in lines
+    after = {(os.SCHED_OTHER, *share(sorted(os.sched_getaffinity(0)), 1, 2))}
+    assert f"policies {os.SCHED_BATCH} {after} {os.getpriority(os.PRIO_PROCESS, 0)}" in lines
+
+
+def test_ranks_share_all_cores_and_none_twice() -> None:
+    for count in range(1, 9):
+        cores = list(range(10, 10 + count))
+        for ranks in range(1, count + 1):
+            parts = [share(cores, rank, ranks) for rank in range(ranks)]
+            assert [core for part in parts for core in part] == cores
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert share([3, 4], 2, 3) == [3, 4]
 
 
 @pytest.mark.integration
