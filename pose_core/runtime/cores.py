@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 
-def take_cores(rank: int, ranks: int) -> None:
-    """Let this process train undisturbed, as ``rank`` of ``ranks`` on this machine, with all threads that it has.
+def take_cores(rank: int, ranks: int, threads: int) -> None:
+    """Let this process train undisturbed, as ``rank`` of ``ranks`` on this machine, each computing in ``threads``.
 
-    On the Ray that a command starts, whose processes are batch work, it leaves that and keeps to cores of its own;
-    elsewhere the machine may be busy with what we know nothing of, and nothing changes.
+    On the Ray that a command starts, whose processes are batch work, it leaves that and, where the ranks leave no core
+    free, keeps to cores of its own; elsewhere the machine may be busy with what is not ours, and nothing changes.
     """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_BATCH:
         return
-    own = share(sorted(os.sched_getaffinity(0)), rank, ranks)
+    cores = sorted(os.sched_getaffinity(0))
+    own = share(cores, rank, ranks)
+    if len(own) > threads:
+        # The kernel chooses better among cores that are free, and not all of a laptop's are as fast.
+        own = cores
     for thread in map(int, os.listdir("/proc/self/task")):
         with suppress(OSError):  # the thread has ended, or a container forbids it
             os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
@@ -27,4 +31,4 @@ def share(cores: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
     """The part of ``cores`` that is for ``rank`` alone; all of them where there are fewer than ranks."""
     if ranks > len(cores):
         return cores
-    return cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
+    return cores[rank::ranks]

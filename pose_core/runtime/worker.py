@@ -43,12 +43,12 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
     """One rank of a phase: build, restore, train, and on rank 0 write the averaged generator; figures of the rank."""
     job = config["job"]
     settings = job.settings
-    place = ray.train.get_context()
-    take_cores(place.get_local_rank(), place.get_local_world_size())
     # FSDP warns that a view it returned must not be changed in place; nothing here does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     if settings.training.threads_per_worker:
         torch.set_num_threads(settings.training.threads_per_worker)
+    place = ray.train.get_context()
+    take_cores(place.get_local_rank(), place.get_local_world_size(), torch.get_num_threads())
     device = ray.train.torch.get_device()
     job.board.at_work(ray.get_runtime_context().get_node_id(), kernel_kills())
     with told(device), contextlib.ExitStack() as stack:

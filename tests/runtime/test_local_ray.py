@@ -161,20 +161,24 @@ def test_workers_get_the_secrets_and_nothing_shows_them(head: LocalRay) -> None:
 
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has batch work")
-def test_ray_interrupts_no_worker_that_trains(head: LocalRay) -> None:
-    """Ray's own processes are batch work; a rank with every thread is none, no less important, and on its own cores."""
+@pytest.mark.parametrize("leaves_cores_free", [False, True])
+def test_ray_interrupts_no_worker_that_trains(head: LocalRay, leaves_cores_free: bool) -> None:
+    """Ray is batch work; a rank with all its threads is none, no less important, on own cores if it needs them."""
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores if leaves_cores_free else share(cores, 1, 2)
+    threads = 0 if leaves_cores_free else len(own)
     program = (
         "import os, threading, ray; from pose_core.runtime.cores import take_cores\n"
         "def policies():\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "    before, own = os.sched_getscheduler(0), os.listdir('/proc/self/task')\n"
-        "    take_cores(1, 2)\n"
+        f"    take_cores(1, 2, {threads})\n"
         "    after = {(os.sched_getscheduler(int(each)), *os.sched_getaffinity(int(each))) for each in own}\n"
         "    return before, after, os.getpriority(os.PRIO_PROCESS, 0)\n"
         "ray.init(); print('policies', *ray.get(ray.remote(policies).remote()))"
     )
     lines = printed("policies", program)
-    after = {(os.SCHED_OTHER, *share(sorted(os.sched_getaffinity(0)), 1, 2))}
+    after = {(os.SCHED_OTHER, *own)}
     assert f"policies {os.SCHED_BATCH} {after} {os.getpriority(os.PRIO_PROCESS, 0)}" in lines
 
 
@@ -183,7 +187,7 @@ def test_ranks_share_all_cores_and_none_twice() -> None:
         cores = list(range(10, 10 + count))
         for ranks in range(1, count + 1):
             parts = [share(cores, rank, ranks) for rank in range(ranks)]
-            assert [core for part in parts for core in part] == cores
+            assert sorted(core for part in parts for core in part) == cores
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert share([3, 4], 2, 3) == [3, 4]
 
