@@ -21,7 +21,7 @@ STEPS, CHECKPOINT_EVERY, WORKERS = 30, 4, 2
 PHASES = ("stability_priming", "adversarial_equilibrium")
 ACTORS = {"worker": "RayTrainWorker", "controller": "TrainController"}
 KINDS = (*ACTORS, "job")
-FEW = (*(("worker", PHASES[0], 0), ("controller", PHASES[1], 0), ("job", PHASES[1], 0)),)
+FEW = (("worker", PHASES[0], 0), ("controller", PHASES[1], 0), ("job", PHASES[1], 0))
 SETTINGS = (
     *("data.digits_clips=32", "data.digits_heldout_clips=8", "data.digits_clips_per_tar=16", "data.clips_per_shard=8"),
     *("data.encoder_actors=1", "training.batch_per_worker=1", "training.sample_clips=1", "evaluation.judge="),
