@@ -25,7 +25,9 @@ from pose_core.runtime.storage import Store
 pytestmark = pytest.mark.integration
 
 STAGES = ["prepare_data", "stability_priming", "adversarial_equilibrium", "evaluate", "export"]
-PRIMING_STEPS, EQUILIBRIUM_STEPS, LOG_EVERY, CHECKPOINT_EVERY = 60, 4, 2, 10
+PRIMING_STEPS, EQUILIBRIUM_STEPS, LOG_EVERY, CHECKPOINT_EVERY = 60, 4, 2, 5
+KILL_AFTER = 2 * CHECKPOINT_EVERY
+"""A step beyond this one is taken only once a first checkpoint is whole: the second waits for it."""
 LORA_RANK = 4
 SETTINGS = (
     *("run.name=whole", "data.digits_clips=32", "data.digits_heldout_clips=16", "data.digits_clips_per_tar=16"),
@@ -61,7 +63,7 @@ def command(script: Callable[..., list[str]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, command: list[str], environment: dict[str, str]) -> Run:
-    """The chain from nothing to the end; a train worker is killed once priming is beyond its first checkpoint."""
+    """The chain from nothing to the end; a train worker is killed once priming has a checkpoint to go on from."""
     folder = tmp_path_factory.mktemp("whole")
     marked = environment | {"STARTED_BY_TEST_IN": str(folder)}
     pipe = subprocess.PIPE
@@ -71,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, command: list[str], environmen
         assert process.stdout is not None
         for line in process.stdout:
             printed.append(line.rstrip())
-            if not killed_after and (step := priming_step(line)) > CHECKPOINT_EVERY:
+            if not killed_after and (step := priming_step(line)) > KILL_AFTER:
                 train_workers(process.pid)[0].send_signal(signal.SIGKILL)
                 killed_after = step
         process.wait()
@@ -125,7 +127,7 @@ def mlflow_runs(run: Run) -> dict[str, object]:
 
 def test_the_run_ends_well_although_a_worker_was_killed(run: Run) -> None:
     assert run.exit_code == 0, "\n".join(run.printed)
-    assert CHECKPOINT_EVERY < run.killed_after < PRIMING_STEPS
+    assert KILL_AFTER < run.killed_after < PRIMING_STEPS
     (resumed,) = [line for line in run.printed if "goes on from step" in line]
     step = int(resumed.split()[-1])
     assert step % CHECKPOINT_EVERY == 0 and 0 < step < PRIMING_STEPS
