@@ -1,7 +1,4 @@
-"""Which failures of a worker end a phase at once; all others are what Ray Train restarts its workers for.
-
-Light to import: Ray Train's controller, which holds neither torch nor the models, unpickles ``EndAtOnce``.
-"""
+"""Which failures of a worker end a phase at once; all others are what Ray Train restarts its workers for."""
 
 from __future__ import annotations
 

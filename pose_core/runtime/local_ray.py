@@ -29,6 +29,8 @@ from pose_core.runtime.cluster import FIXED_SIZE_LABEL, connect
 _TOKEN = "RAY_AUTH_TOKEN"
 # Meant for other systems, and the only switch that makes Ray take 127.0.0.1 for its own address and listen only there.
 _LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+# Ray Train asks every two seconds, in an actor of its own, whether somebody drains the only node there is.
+_CLIENT_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _HEAD_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -53,8 +55,6 @@ _HEAD_SETTINGS = {
     "RAY_idle_worker_killing_time_threshold_ms": "10000",
     # Ray's own choice, 15, lets in ahead of training whatever else wakes up; `nice` before a command is for all of it.
     "RAY_worker_niceness": "0",
-    # Nobody drains the only node there is.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _STOP_SECONDS = 20.0
 
@@ -114,7 +114,7 @@ class LocalRay:
         outer = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         no_proxy = ",".join(dict.fromkeys(filter(None, (*outer.split(","), "127.0.0.1"))))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._folder / "ray_token")}
-        return token | _LOOPBACK | {"no_proxy": no_proxy, "NO_PROXY": no_proxy}
+        return token | _LOOPBACK | _CLIENT_SETTINGS | {"no_proxy": no_proxy, "NO_PROXY": no_proxy}
 
     def __enter__(self) -> Self:
         try:

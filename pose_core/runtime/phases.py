@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-import ray
 import ray.train
-from ray._raylet import PlacementGroupID
-from ray.exceptions import ActorDiedError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.util.placement_group import PlacementGroup
 
 from pose_core.errors import ClusterError, PoseError
 from pose_core.runtime import cluster
@@ -20,10 +12,12 @@ from pose_core.runtime.board import drawn
 from pose_core.runtime.checkpoints import last_step
 from pose_core.runtime.failures import EndAtOnce, final_error
 from pose_core.runtime.feeding import TrainingData
+from pose_core.runtime.lean_trainer import LeanTrainer
 from pose_core.runtime.out_of_memory import MemoryExhausted, of_dead_worker, with_advice
 from pose_core.runtime.phase_job import PhaseJob
 from pose_core.runtime.preemption import ListeningTorchConfig
 from pose_core.runtime.preparing import open_prepared, raw_files
+from pose_core.runtime.progress import EVENTS_VARIABLE
 from pose_core.runtime.raw_clips import RawClips
 from pose_core.runtime.stage import StageRun
 from pose_core.runtime.worker import run_phase
@@ -48,7 +42,7 @@ def train_phase(run: StageRun, phase: str, start_from: str | None = None) -> Non
 
 def _fit(job: PhaseJob, run: StageRun) -> dict[str, float]:
     """Train to the end; as long as checkpoints are made, failures that may pass are never too many."""
-    reached, deaths = last_step(run.artifact, run.settings.storage.retry_seconds), 0
+    reached = last_step(run.artifact, run.settings.storage.retry_seconds)
     while True:
         try:
             return _trainer(job, run.fingerprint).fit().return_value
@@ -56,26 +50,6 @@ def _fit(job: PhaseJob, run: StageRun) -> dict[str, float]:
             before, reached = reached, last_step(run.artifact, run.settings.storage.retry_seconds)
             if _is_final(error) or reached <= before:
                 raise _told(error, run, job) from error
-        except ActorDiedError as error:
-            # Ray Train's controller. It counts the deaths of workers, nobody those of its own.
-            before, reached = reached, last_step(run.artifact, run.settings.storage.retry_seconds)
-            deaths = 1 if reached > before else deaths + 1
-            if deaths > run.settings.training.max_failures:
-                raise ClusterError(
-                    f"{run.name}: Ray Train's controller died {deaths} times without a new checkpoint, more than "
-                    "training.max_failures allows: see the memory of its node, then run the same command again"
-                ) from error
-            run.display.note(f"{run.name:<24} Ray Train's controller died: another one starts")
-            free_places()
-
-
-def free_places() -> None:
-    """Give back what this job holds for workers: Ray frees a dead controller's places with the end of its job only."""
-    own = ray.get_runtime_context().get_job_id()
-    for group_id, group in ray.util.placement_group_table().items():
-        # The id of a group ends with that of the job whose processes made it.
-        if group_id.endswith(own) and group["state"] != "REMOVED":
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
 
 
 def _told(error: Exception, run: StageRun, job: PhaseJob) -> PoseError:
@@ -101,19 +75,7 @@ def _steps(phase: str, settings: Settings) -> int:
     return settings.priming.steps if phase == "priming" else settings.equilibrium.steps
 
 
-class LeanTrainer(TorchTrainer):
-    """Without two helpers of Ray Train's, each a process that wakes a hundred times a second beside the training.
-
-    One deals out datasets that a trainer was given; ours is given none. The other frees the workers' places should Ray
-    Train's controller be killed, as ``free_places`` does.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        spared = DatasetsCallback, PlacementGroupCleanerCallback
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, spared)]
-
-
-def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
+def _trainer(job: PhaseJob, fingerprint: str) -> LeanTrainer:
     training = job.settings.training
     # Ray Train keeps a note of its own here and wants a place that all nodes see; checkpoints are ours.
     filesystem, path = job.artifact.child("ray_train").arrow()
@@ -140,6 +102,8 @@ def _trainer(job: PhaseJob, fingerprint: str) -> TorchTrainer:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             callbacks=[EndAtOnce()],
+            # What a person at the terminal must know stands on the board; a job's log has it all.
+            logging_config=ray.train.LoggingConfig("INFO" if EVENTS_VARIABLE in os.environ else "CRITICAL"),
         ),
     )
 

@@ -62,16 +62,12 @@ class Ground:
                 runs.write_bytes(f"{name}{key.removeprefix('undisturbed')}", runs.read_bytes(key))
 
     def workers(self) -> list[psutil.Process]:
-        """The train workers, by age."""
-        return self.actors("RayTrainWorker")
-
-    def actors(self, kind: str) -> list[psutil.Process]:
-        """The processes of a Ray actor's class, by age; those of other programs are none of ours."""
+        """The train workers, by age; those of other programs are none of ours."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 ours = process.environ().get(MARK, "").startswith(str(self.folder))
-                if ours and f"ray::{kind}" in "".join(process.cmdline()[:1]):
+                if ours and "ray::RayTrainWorker" in "".join(process.cmdline()[:1]):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 

@@ -19,9 +19,8 @@ pytestmark = pytest.mark.integration
 
 STEPS, CHECKPOINT_EVERY, WORKERS = 30, 4, 2
 PHASES = ("stability_priming", "adversarial_equilibrium")
-ACTORS = {"worker": "RayTrainWorker", "controller": "TrainController"}
-KINDS = (*ACTORS, "job")
-FEW = (("worker", PHASES[0], 0), ("controller", PHASES[1], 0), ("job", PHASES[1], 0))
+KINDS = ("worker", "job")
+FEW = (("worker", PHASES[0], 0), ("job", PHASES[1], 0))
 SETTINGS = (
     *("data.digits_clips=32", "data.digits_heldout_clips=8", "data.digits_clips_per_tar=16", "data.clips_per_shard=8"),
     *("data.encoder_actors=1", "training.batch_per_worker=1", "training.sample_clips=1", "evaluation.judge="),
@@ -57,8 +56,8 @@ def test_a_killed_phase_ends_with_the_same_bits(ground: Ground, kill: tuple[str,
     attempt = ground.run(name, phase)
     killed_at = attempt.until(rng.randrange(1, STEPS))
     time.sleep(rng.uniform(0, 1))
-    if kind in ACTORS:
-        rng.choice(ground.actors(ACTORS[kind])[-WORKERS if kind == "worker" else -1 :]).kill()
+    if kind == "worker":
+        rng.choice(ground.workers()[-WORKERS:]).kill()
         attempt.end()
         print(f"{name}: killed at step {killed_at}, went on from {attempt.resumed_at()}")
     else:

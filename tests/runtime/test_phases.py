@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import ray.train
-from ray.exceptions import ActorDiedError
-from ray.train.torch import TorchTrainer
 
 from pose_core import config
 from pose_core.errors import ClusterError, PoseError, StorageGoneError
@@ -38,7 +36,7 @@ class Attempts:
         if step:
             Kept(SteadyFiles(self.artifact.child(FOLDER), 0), 2).commit(Saved(f"step-{step}", step, step, [], "{}"))
         if error is not None:
-            raise error if isinstance(error, ActorDiedError) else failed(error)
+            raise failed(error)
         return SimpleNamespace(return_value={"good_step": step})
 
 
@@ -50,7 +48,6 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         artifact = Store.open(str(tmp_path))
         attempts = Attempts(artifact, *outcomes)
         monkeypatch.setattr(phases, "_trainer", lambda job, fingerprint: attempts)
-        monkeypatch.setattr(phases, "free_places", lambda: None)
         monkeypatch.setattr(phases, "_told", lambda error, run, job: phases.plain(error, run.name, [], {}))
         stage = SimpleNamespace(artifact=artifact, settings=config.load(""), fingerprint="f", name="priming")
         stage.display = SimpleNamespace(note=lambda line: None)
@@ -77,25 +74,3 @@ def test_an_error_that_would_only_come_back_ends_it_at_once(
 ) -> None:
     with pytest.raises(type(final), match=str(final)):
         fit((4, final), (9, None))
-
-
-def test_a_phase_goes_without_the_helpers_of_ray_train_that_it_has_no_use_for() -> None:
-    def helpers(kind: type[TorchTrainer]) -> set[str]:
-        trainer = kind(print, scaling_config=ray.train.ScalingConfig(num_workers=1))
-        return {type(each).__name__ for each in trainer._create_default_callbacks()}
-
-    spared = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
-    assert spared < helpers(TorchTrainer)
-    assert helpers(phases.LeanTrainer) == helpers(TorchTrainer) - spared
-
-
-def test_a_controller_that_dies_is_followed_by_another_as_often_as_workers_are(
-    fit: Callable[..., dict[str, float]],
-) -> None:
-    died = ActorDiedError()
-    in_a_row = config.load("").training.max_failures
-    assert fit(*[(0, died)] * in_a_row, (4, None)) == {"good_step": 4}
-    again = [(6, died), *[(0, died)] * (in_a_row - 1)]
-    assert fit(*[(0, died)] * in_a_row, *again, (8, None)) == {"good_step": 8}
-    with pytest.raises(ClusterError, match=f"controller died {in_a_row + 1} times without a new checkpoint"):
-        fit(*[(0, died)] * (in_a_row + 1))
