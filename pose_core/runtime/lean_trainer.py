@@ -10,6 +10,7 @@ ended, or after a while.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -104,8 +105,10 @@ class LeanTrainer(TorchTrainer):
             # Not asyncio.run, which keeps an interrupt from what waits for Ray in the middle of a coroutine.
             loop.run_until_complete(controller.run())
         except BaseException:
-            if workers := controller.get_worker_group():
-                workers.abort()
+            # With a head that is gone this fails, too; the first reason is the one to tell.
+            with suppress(Exception):
+                if workers := controller.get_worker_group():
+                    workers.abort()
             raise
         finally:
             loop.close()
