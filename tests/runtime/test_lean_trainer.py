@@ -53,6 +53,14 @@ def living(address: str) -> list[str]:
     return sorted(actor.class_name for actor in list_actors(address, filters=[("state", "=", "ALIVE")]))
 
 
+def answering() -> bool:
+    """Whether this worker's main thread gets to answer how it is, and is busy with that."""
+    deadline = time.monotonic() + 30
+    while "poll_status" not in "".join(psutil.Process().cmdline()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return "poll_status" in "".join(psutil.Process().cmdline())
+
+
 def all_end(address: str) -> bool:
     """Whether no actor lives, now or soon: Ray hears of ends a moment later."""
     deadline = time.monotonic() + 30
@@ -66,10 +74,10 @@ def test_the_first_workers_result_comes_back_and_beside_the_workers_stands_littl
 ) -> None:
     def loop(config: dict[str, Any]) -> Any:
         rank = ray.train.get_context().get_world_rank()
-        return rank, living(config["address"]) if rank == 0 else None
+        return rank, answering(), living(config["address"]) if rank == 0 else None
 
     ended = trainer(loop, address=address).fit()
-    assert ended.return_value == (0, ["RayTrainWorker"] * WORKERS + ["SynchronizationActor"])
+    assert ended.return_value == (0, True, ["RayTrainWorker"] * WORKERS + ["SynchronizationActor"])
     assert all_end(address)
 
 
