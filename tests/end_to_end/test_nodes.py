@@ -19,7 +19,7 @@ from stage_runs import Ground
 pytestmark = pytest.mark.integration
 
 PHASE = "stability_priming"
-CLIPS, STEPS, CHECKPOINT_EVERY, MORE_STEPS = 24, 20, 5, 150
+CLIPS, STEPS, CHECKPOINT_EVERY, MORE_STEPS = 24, 60, 5, 150
 RAY_LOOKS_AT_NODES_SECONDS = 20
 CPUS = get_num_cpus()
 SETTINGS = (
