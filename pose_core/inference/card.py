@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pose_core.inference.export import one_step_scheduler
+from pose_core.models.folders import SHIPPED
 from pose_core.models.lora_file import COMFYUI_FILE, DIFFUSERS_FILE, Extraction
 from pose_core.models.parts import stock_class
 
@@ -95,7 +96,7 @@ def lora_card(facts: Facts, rank: int, extraction: Extraction | None) -> str:
     scheduler = ", ".join(f"{name}={value}" for name, value in one_step_scheduler(facts.conditioning_time).items())
     whole = hasattr(stock_class(facts.pipeline), "load_lora_weights")
     code = f"""from diffusers import {more}FlowMatchEulerDiscreteScheduler, {facts.pipeline}
-pipe = {facts.pipeline}.from_pretrained("{facts.teacher}")
+pipe = {facts.pipeline}.from_pretrained({_place(facts.teacher)}
 pipe.scheduler = FlowMatchEulerDiscreteScheduler({scheduler})
 {guider}{"pipe.load_lora_weights" if whole else "pipe.transformer.load_lora_adapter"}({file})
 video = {_call(facts)}"""
@@ -105,6 +106,14 @@ video = {_call(facts)}"""
         "hold the same matrices. The scores are the exported folder's."
     )
     return _card(facts, "adapter", ["one-step", "lora"], what, code, _origin(extraction))
+
+
+def _place(teacher: str) -> str:
+    """Where a reader has the teacher: one that is shipped with the project lies below its repository."""
+    shipped = SHIPPED / teacher
+    if not shipped.is_dir():
+        return f'"{teacher}")'
+    return f'"{shipped.relative_to(SHIPPED.parents[1])}")  # in POSE\'s repository'
 
 
 def _how(facts: Facts) -> str:

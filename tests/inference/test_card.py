@@ -90,6 +90,13 @@ def test_a_local_teacher_is_named_and_not_passed_off_as_a_hub_model() -> None:
     assert "base_model" not in ModelCard(card).data.to_dict() and "`teachers/digits_i2v`" in card
 
 
+def test_a_teacher_that_is_shipped_with_the_project_is_loaded_from_its_place_there() -> None:
+    card = lora_card(replace(FACTS, teacher="teachers/digits_i2v", published=False), 64, EXTRACTION)
+    (place,) = re.findall(r'from_pretrained\("(.*)"\)  # in POSE', card)
+    assert (Path(__file__).parents[2] / place / "model_index.json").is_file()
+    assert f'from_pretrained("{FACTS.teacher}")\n' in CARDS["lora"]
+
+
 def test_an_extracted_lora_says_what_it_misses_and_a_trained_one_that_it_misses_nothing() -> None:
     text = ModelCard(CARDS["lora"]).text
     assert "0.375" in text and "| 32 | 0.500 |\n| 64 | 0.250 |" in text
