@@ -107,7 +107,8 @@ def test_an_interrupt_ends_the_workers_at_once(
     trainer: Callable[..., LeanTrainer], tmp_path: Path, address: str
 ) -> None:
     def loop(config: dict[str, Any]) -> None:
-        Path(config["folder"], f"pid-{os.getpid()}").touch()
+        if answering():  # the driver has begun to ask
+            Path(config["folder"], f"pid-{os.getpid()}").touch()
         time.sleep(3600)
 
     def interrupt() -> None:
@@ -115,9 +116,14 @@ def test_an_interrupt_ends_the_workers_at_once(
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # What starts the tests in the background may have them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        trainer(loop).fit()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer(loop).fit()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert all_end(address)
     pids = [int(file.name.split("-")[1]) for file in tmp_path.glob("pid-*")]
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
