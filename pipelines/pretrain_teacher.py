@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,19 +44,24 @@ def make(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     pipeline = small.build_pipeline(moving_digits.every_prompt(), arguments.seed, arguments.task)
     if arguments.start_from is not None:
-        if arguments.only_vae:
-            raise ConfigError("--only-vae trains nothing with --start-from, which keeps a VAE: leave one of them out")
+        if arguments.only_vae and arguments.decoder_steps is None:
+            raise ConfigError("--only-vae trains nothing with --start-from, which keeps a VAE: add --decoder-steps")
         if not (arguments.start_from / "model_index.json").is_file():
             raise ConfigError(f"--start-from {arguments.start_from} has no model_index.json: name a teacher's folder")
         small.copy_weights(arguments.start_from, pipeline)
+    elif arguments.decoder_steps is not None:
+        raise ConfigError("--decoder-steps trains on the VAE of --start-from: name its folder")
     videos, texts = render_clips(arguments.clips, arguments.seed)
     pipeline.to(arguments.device)
     with bars() as progress:
         if arguments.start_from is None:
             train_vae(pipeline, videos, arguments, progress)
-        if arguments.only_vae:
+        elif arguments.decoder_steps is not None:
+            train_decoder(pipeline, videos, arguments, progress)
+        if not arguments.only_vae:
+            train_teacher(pipeline, videos, texts, arguments, progress)
+        elif arguments.start_from is None:
             return
-        train_teacher(pipeline, videos, texts, arguments, progress)
     save(pipeline.to("cpu"), arguments.out)
 
 
@@ -70,7 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--clips", type=cli.positive_int, default=16384, help="training clips")
     parser.add_argument("--vae-steps", type=cli.positive_int, default=2000)
-    parser.add_argument("--only-vae", action="store_true", help="stop when the VAE is trained")
+    parser.add_argument(
+        "--decoder-steps",
+        type=cli.positive_int,
+        help="train the decoder of --start-from's VAE on, by so many steps; its latents stay as they are",
+    )
+    parser.add_argument("--only-vae", action="store_true", help="stop when the VAE, or its decoder, is trained")
     parser.add_argument("--teacher-steps", type=cli.positive_int, default=5400)
     parser.add_argument("--batch", type=cli.positive_int, default=32)
     parser.add_argument(
@@ -91,14 +102,9 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
     """Train the VAE, then measure the mean and spread of its latents, which the transformer sees normalised."""
     vae = pipeline.vae
     codec = WanCodec(pipeline, TEXT_TOKENS)
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        rows = torch.randint(len(videos), (8,), generator=generator)
-        return pretraining.vae_loss(vae, codec._pixels(videos[rows.numpy()]))
-
     pretraining.fit(
         vae,
-        loss,
+        on_few(pretraining.vae_loss, pipeline, videos),
         steps=arguments.vae_steps,
         learning_rate=2e-3,
         ema_decay=0.99,
@@ -110,6 +116,32 @@ def train_vae(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progr
     vae.register_to_config(
         latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=latents.std(dim=(0, 2, 3, 4)).tolist()
     )
+
+
+def train_decoder(pipeline, videos: np.ndarray, arguments: argparse.Namespace, progress: Progress) -> None:
+    """Train what makes frames of latents, and leave the latents alone: transformers that know them stay good."""
+    vae = pipeline.vae
+    pretraining.fit(
+        torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]),
+        on_few(pretraining.decoder_loss, pipeline, videos),
+        steps=arguments.decoder_steps,
+        learning_rate=1e-3,
+        ema_decay=0.999,
+        seed=arguments.seed,
+        checkpoint=arguments.work / f"decoder-from-{arguments.start_from.name}-{arguments.seed}.pt",
+        progress=bar(progress, "decoder", arguments.decoder_steps),
+    )
+
+
+def on_few(loss: Callable, pipeline, videos: np.ndarray) -> Callable[[torch.Generator], torch.Tensor]:
+    """A loss of the VAE on a few clips of ``videos [N, T, H, W, 3]``, drawn by a generator."""
+    codec = WanCodec(pipeline, TEXT_TOKENS)
+
+    def drawn(generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(videos), (8,), generator=generator)
+        return loss(pipeline.vae, codec._pixels(videos[rows.numpy()]))
+
+    return drawn
 
 
 def train_teacher(pipeline, videos, texts, arguments: argparse.Namespace, progress: Progress) -> None:

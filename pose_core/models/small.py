@@ -155,7 +155,8 @@ def build_pipeline(
 
 
 def copy_weights(folder: Path, pipeline: WanPipeline | WanImageToVideoPipeline) -> None:
-    """Give ``pipeline`` a diffusers folder's VAE, and begin its transformer and text encoder with those of the folder.
+    """Give ``pipeline`` a diffusers folder's VAE and, if both have one, its image encoder, which stay; begin its
+    transformer and text encoder with those of the folder.
 
     Where a weight takes fewer inputs than the folder's, as the patches of text to video do, the first ones are taken.
     """
@@ -170,3 +171,6 @@ def copy_weights(folder: Path, pipeline: WanPipeline | WanImageToVideoPipeline) 
     pipeline.text_encoder.load_state_dict(
         UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder").state_dict()
     )
+    if isinstance(pipeline, WanImageToVideoPipeline) and (folder / "image_encoder").is_dir():
+        encoder = CLIPVisionModel.from_pretrained(folder, subfolder="image_encoder")
+        pipeline.image_encoder.load_state_dict(encoder.state_dict())

@@ -75,8 +75,19 @@ def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, kl_weight: float = 1.5e-7) -
     ``pixels [B, 3, F, H, W]`` in [-1, 1]. ``kl_weight`` is for the divergence summed over a clip's latents.
     """
     posterior = vae.encode(pixels).latent_dist
-    difference = decode_unclamped(vae, posterior.sample()) - pixels
-    return difference.square().mean() + 0.1 * difference.abs().mean() + kl_weight * posterior.kl().mean()
+    return _reconstruction(vae, posterior.sample(), pixels) + kl_weight * posterior.kl().mean()
+
+
+def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    """The part of ``vae_loss`` that the decoder has a say in; the encoder is a constant in it."""
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.sample()
+    return _reconstruction(vae, latents, pixels)
+
+
+def _reconstruction(vae: AutoencoderKLWan, latents: Tensor, pixels: Tensor) -> Tensor:
+    difference = decode_unclamped(vae, latents) - pixels
+    return difference.square().mean() + 0.1 * difference.abs().mean()
 
 
 def teacher_loss(

@@ -56,3 +56,19 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
     assert all(value.equal(weights(image, "vae")[name]) for name, value in weights(longer, "vae").items())
     assert (image / "vae" / "config.json").read_text() == (longer / "vae" / "config.json").read_text()
     assert not all(value.equal(weights(text)[name]) for name, value in weights(longer).items())
+
+    sharper = tmp_path / "sharper"
+    decoder = "--decoder-steps", "2", "--only-vae", "--seed", "1"
+    pretrain(tmp_path, "--start-from", str(image), "--out", str(sharper), *decoder)
+    assert all(value.equal(after_two[name]) for name, value in weights(sharper).items())
+    eyes = [load_file(folder / "image_encoder" / "model.safetensors") for folder in (image, sharper)]
+    assert all(value.equal(eyes[1][name]) for name, value in eyes[0].items()), "it sees first frames as before"
+    before, after = weights(image, "vae"), weights(sharper, "vae")
+    moved = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert moved == {"decoder", "post_quant_conv"}, "latents are as they were"
+    assert (image / "vae" / "config.json").read_text() == (sharper / "vae" / "config.json").read_text()
+
+    told = pretrain(tmp_path, "--out", str(sharper), "--decoder-steps", "2", exit_code=2)
+    assert told == "error: --decoder-steps trains on the VAE of --start-from: name its folder\n"
+    told = pretrain(tmp_path, "--out", str(sharper), "--start-from", str(image), "--only-vae", exit_code=2)
+    assert told == "error: --only-vae trains nothing with --start-from, which keeps a VAE: add --decoder-steps\n"
