@@ -7,7 +7,6 @@ MLflow. The same command goes on where it stopped; ``--only pose,dmd2`` makes si
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from pose_core.data.captions import HELDOUT
@@ -17,7 +16,10 @@ from pose_core.runtime.comparing import METHODS, TABLES, Wanted, open_comparison
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
-def main(arguments: cli.Arguments, wanted: Wanted) -> None:
+def main(arguments: cli.Arguments) -> None:
+    typed = arguments.options
+    fields = {name: getattr(typed, name) for name in ("seeds", "only", "tables", "split", "parallel", "out")}
+    wanted = Wanted(stem=Path(typed.config).stem, **fields)
     with open_comparison(arguments.settings, wanted) as comparison:
         comparison.prepare_clips()  # once, by the real stage
         for table in wanted.tables:
@@ -25,26 +27,16 @@ def main(arguments: cli.Arguments, wanted: Wanted) -> None:
         comparison.report()
 
 
-def parse() -> tuple[Wanted, list[str]]:
-    """What to compare, and the arguments that every script has."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"rows: {', '.join(METHODS)}"
-    )
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
-    parser.add_argument("--config", default=str(cli.DEFAULT_CONFIG), help="YAML file (default: the digits demo)")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help="seeds a row, from run.seed on (default: 3)")
-    parser.add_argument("--only", type=names, default=(), metavar="ROW,ROW", help="make only these rows")
+    rows = f"make only these rows, of {', '.join(METHODS)}"
+    parser.add_argument("--only", type=names, default=(), metavar="ROW,ROW", help=rows)
     parser.add_argument(
         "--tables", type=tables, default=tuple(TABLES), help="equal generator updates, equal CPU time (updates,time)"
     )
     parser.add_argument("--split", choices=HELDOUT, default="test", help="clips that are scored (default: test)")
     parser.add_argument("--parallel", type=cli.positive_int, default=2, help="rows at a time, a core each (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
-    typed = parser.parse_intermixed_args()
-    fields = {name: getattr(typed, name) for name in ("seeds", "only", "tables", "split", "parallel", "out")}
-    common = [*typed.settings, "--config", typed.config, *(["--debug"] if typed.debug else [])]
-    return Wanted(stem=Path(typed.config).stem, **fields), common
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -58,5 +50,4 @@ def tables(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    wanted, sys.argv[1:] = parse()
-    cli.run(lambda arguments: main(arguments, wanted), __doc__)
+    cli.run(main, __doc__, options=options)

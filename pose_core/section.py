@@ -16,4 +16,4 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Base of every group of settings: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

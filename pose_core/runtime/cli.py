@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pose_core import config
 from pose_core.errors import ConfigError, PoseError
+from pose_core.runtime import settings_list
 from pose_core.runtime.storage import Store
 from pose_core.settings import Settings
 
@@ -51,6 +52,8 @@ def run(
     typed = parser.parse_intermixed_args()
     with errors_for_people(typed.debug):
         settings = config.load(_read(typed.config), typed.settings, source=str(typed.config))
+        if typed.list_settings:
+            return print(settings_list.listing(settings))
         switches = getattr(typed, "dry_run", False), getattr(typed, "rehearse", False)
         main(Arguments(settings, typed.debug, *switches, typed))
 
@@ -81,12 +84,16 @@ def _fail(message: str, exit_code: int, debug: bool) -> None:
 def _parser(description: str, dry_run: bool, rehearse: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Settings are typed as section.key=value, e.g. priming.steps=200 training.workers=4; "
-        "pose_core/config.py lists them all.",
+        epilog="Settings are typed as section.key=value, e.g. priming.steps=200 training.workers=4;\n"
+        "--list-settings shows them all.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that replace the config's")
     parser.add_argument(
         "--config", default=str(DEFAULT_CONFIG), help="YAML file, or its s3:// address (default: the digits demo)"
+    )
+    parser.add_argument(
+        "--list-settings", action="store_true", help="print every setting with its value, range and meaning, and stop"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
     parser.add_argument("--version", action="version", version=f"pose {project_version()}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pose_core import config
 from pose_core.errors import ClusterError, ConfigError, PoseError, StorageError
 from pose_core.runtime import cli
 
@@ -78,6 +79,24 @@ def test_help_tells_how_settings_are_typed(typed, capsys: pytest.CaptureFixture[
     assert "section.key=value" in out and "priming.steps=200" in out and "--config" in out
     assert "--dry-run" not in out and "--rehearse" not in out
     assert main.calls == []
+
+
+def test_listed_settings_can_be_typed_again(typed, capsys: pytest.CaptureFixture[str]) -> None:
+    main = Main()
+    changed = "run.name=mine", "tracking.profile_steps=[10,12]", "priming.guidance=3", "storage.retry_seconds=5"
+    typed(main, "--list-settings", *changed)
+    assert main.calls == [], "nothing is run"
+    listed = [line.partition("   (")[0] for line in capsys.readouterr().out.splitlines() if "=" in line.split(" ")[0]]
+    of_demo = cli.DEFAULT_CONFIG.read_text()
+    assert config.load("", listed) == config.load(of_demo, changed), "all of them, as the config and the words say"
+
+
+def test_listed_settings_say_what_they_mean_and_may_be(typed, capsys: pytest.CaptureFixture[str]) -> None:
+    typed(Main(), "--list-settings", "training.workers=4", "training.precision=bfloat16")
+    listed = capsys.readouterr().out
+    assert "training.workers=4   (at least 1, default 2)\n    FSDP2 ranks." in listed
+    assert "training.precision=bfloat16   (float32 or bfloat16, default float32)\n" in listed
+    assert "# How both phases are trained: workers, memory and recovery.\n" in listed
 
 
 def test_version_is_the_packages(typed, capsys: pytest.CaptureFixture[str]) -> None:
