@@ -123,8 +123,9 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Put clips into shards of at most ``clips_per_shard``, each of one split and one bucket.
 
-    A shard's name is a digest of what is in it and of ``recipe``, how it is made. With more than one of ``buckets``
-    paths are ``split/bucket/name.parquet``, else ``split/name.parquet``.
+    A shard's name is two digests: of its clips' keys, so that the order of shards by name, and with it what is trained
+    on when and which clips are held out first, depends on the clips alone; and of what is in it and of ``recipe``, how
+    it is made. With more than one of ``buckets`` paths are ``split/bucket/name.parquet``, else ``split/name.parquet``.
     """
     groups: dict[tuple[str, str], list[Clip]] = defaultdict(list)
     for clip in clips:
@@ -134,8 +135,9 @@ def plan_shards(
         folder = f"{split}/{bucket}" if buckets > 1 else split
         for start in range(0, len(members), clips_per_shard):
             chosen = tuple(members[start : start + clips_per_shard])
-            name = digest([recipe, split, bucket, [clip.identity for clip in chosen]])
-            plans.append(ShardPlan(f"{folder}/{name}.parquet", bucket, split, chosen))
+            place = digest([clip.key for clip in chosen])
+            content = digest([recipe, split, bucket, [clip.identity for clip in chosen]])
+            plans.append(ShardPlan(f"{folder}/{place}-{content}.parquet", bucket, split, chosen))
     return plans
 
 

@@ -163,3 +163,14 @@ def test_a_shard_s_name_changes_with_its_recipe_and_its_clips() -> None:
     moved = replace(clip("v").address, stored=Stored("0.tar", 10, "v2"))
     names = {name("one"), name("two"), name("one", prompt="another"), name("one", address=moved)}
     assert len(names) == 4 and name("one") in names
+
+
+def test_the_order_of_shards_depends_on_their_clips_alone() -> None:
+    def order(recipe: str, version: str) -> list[list[str]]:
+        clips = [clip(f"v{number:02}") for number in range(20)]
+        stored = Stored("0.tar", 10, version)
+        clips = [replace(each, address=replace(each.address, stored=stored)) for each in clips]
+        plans = sorted(plan_shards(clips, 4, 0.0, 1, recipe), key=lambda plan: plan.path)
+        return [[each.key for each in plan.clips] for plan in plans]
+
+    assert order("one", "v1") == order("two", "v1") == order("one", "v2"), "encoders and dates have no say in it"
