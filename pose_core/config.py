@@ -83,7 +83,7 @@ def _nearest(path: list[str]) -> str:
     else:
         names = list(sections)
     close = difflib.get_close_matches(".".join(path), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names[:12])}"
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}; --list-settings explains them"
 
 
 def _short(value: Any) -> str:
