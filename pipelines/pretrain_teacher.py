@@ -4,7 +4,8 @@
 
 takes hours on one core, continues where it stopped, and writes a diffusers folder that the stock Wan pipelines load.
 Text to video is learnt sooner by a transformer that knows the domain, and takes its VAE with it:
-``--task t2v --start-from pipelines/configs/teachers/digits_i2v``. One of the same task is trained on likewise.
+``--task t2v --start-from pipelines/configs/teachers/digits_i2v``. One of the same task is trained on likewise, and
+``--decoder-steps`` trains on what makes frames of its latents; with ``--only-vae`` nothing else.
 """
 
 from __future__ import annotations
@@ -133,13 +134,15 @@ def train_decoder(pipeline, videos: np.ndarray, arguments: argparse.Namespace, p
     )
 
 
-def on_few(loss: Callable, pipeline, videos: np.ndarray) -> Callable[[torch.Generator], torch.Tensor]:
-    """A loss of the VAE on a few clips of ``videos [N, T, H, W, 3]``, drawn by a generator."""
+def on_few(
+    loss: Callable[..., torch.Tensor], pipeline, videos: np.ndarray
+) -> Callable[[torch.Generator], torch.Tensor]:
+    """A loss of the VAE on a few clips of ``videos [N, T, H, W, 3]``, all that is random drawn from a generator."""
     codec = WanCodec(pipeline, TEXT_TOKENS)
 
     def drawn(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(videos), (8,), generator=generator)
-        return loss(pipeline.vae, codec._pixels(videos[rows.numpy()]))
+        return loss(pipeline.vae, codec._pixels(videos[rows.numpy()]), generator)
 
     return drawn
 

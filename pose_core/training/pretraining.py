@@ -69,19 +69,19 @@ def fit(
     module.eval()
 
 
-def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, kl_weight: float = 1.5e-7) -> Tensor:
+def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator, kl_weight: float = 1.5e-7) -> Tensor:
     """Reconstruction (squared and absolute) and a light pull of the latents towards a standard Gaussian.
 
     ``pixels [B, 3, F, H, W]`` in [-1, 1]. ``kl_weight`` is for the divergence summed over a clip's latents.
     """
     posterior = vae.encode(pixels).latent_dist
-    return _reconstruction(vae, posterior.sample(), pixels) + kl_weight * posterior.kl().mean()
+    return _reconstruction(vae, posterior.sample(generator), pixels) + kl_weight * posterior.kl().mean()
 
 
-def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """The part of ``vae_loss`` that the decoder has a say in; the encoder is a constant in it."""
     with torch.no_grad():
-        latents = vae.encode(pixels).latent_dist.sample()
+        latents = vae.encode(pixels).latent_dist.sample(generator)
     return _reconstruction(vae, latents, pixels)
 
 
