@@ -5,13 +5,10 @@ Light to import: Ray Train's own processes carry it too, and need neither torch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import ray.train
-import ray.train.collective
 
 from pose_core.data.order import Order, Place, Position
 from pose_core.errors import DataError
@@ -26,6 +23,16 @@ from pose_core.settings import Settings
 
 
 @dataclass(frozen=True)
+class Workers:
+    """Who trains, as one of them sees it."""
+
+    rank: int
+    count: int
+    from_first: Callable[[Any], Any]
+    """Every worker calls it, and gets what the first one gave."""
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """Where training clips come from: the prepared shards or, if ``raw`` is there, its clips. Travels to workers."""
 
@@ -37,14 +44,14 @@ class TrainingData:
     encoders: int = 1
     """Actors that encode raw clips."""
 
-    def batches(self, position: Position, rank: int, ranks: int) -> Batches:
-        """A reader's part of every batch from ``position`` on: the ``rank``-th of ``ranks``. Every worker must call it.
+    def batches(self, position: Position, reader: int, readers: int, workers: Workers) -> Batches:
+        """A reader's part of every batch from ``position`` on. Every worker must call it, as one of ``workers``.
 
         Raises:
             DataError: (correctable in the call) there is nothing to train on.
         """
         training = self.settings.training
-        batch, side_by_side = ranks * training.batch_per_worker, training.shuffle_shards
+        batch, side_by_side = readers * training.batch_per_worker, training.shuffle_shards
         shards = self._train_shards()
         order = Order(self.raw_shards if self.raw else len(shards), side_by_side, self.settings.run.seed)
         if not order.shards:
@@ -54,9 +61,9 @@ class TrainingData:
             files = SteadyFiles(self.prepared.store, self.settings.storage.retry_seconds)
             chunks = PreparedChunks(files, shards, ("key", *TRAINED_ON), training.shuffle_clips)
         else:
-            chunks = RawChunks(self._feed(order, position), position)
+            chunks = RawChunks(self._feed(order, position, workers), position)
         window = side_by_side * training.shuffle_clips
-        return Batches(chunks, order, position, batch=batch, rank=rank, ranks=ranks, ahead=max(1, window // batch))
+        return Batches(chunks, order, position, batch=batch, rank=reader, ranks=readers, ahead=max(1, window // batch))
 
     def names(self, places: Sequence[Place]) -> list[str]:
         """What a person calls these clips: ``epoch:shard#number``, the number as the shard's clips are counted."""
@@ -67,7 +74,7 @@ class TrainingData:
     def _train_shards(self) -> dict[str, int]:
         return {name: rows for name, rows in self.prepared.shards.items() if name.startswith("train/")}
 
-    def _feed(self, order: Order, position: Position) -> Any:
+    def _feed(self, order: Order, position: Position, workers: Workers) -> Any:
         """The feed that all workers ask, which the first one starts."""
         assert self.raw is not None
         data, training = self.settings.data, self.settings.training
@@ -82,6 +89,4 @@ class TrainingData:
             encoder_cpus=data.encoder_cpus,
             encoder_gpus=data.encoder_gpus,
         )
-        worker = ray.train.get_context()
-        feed = start_feed(plan, position, worker.get_world_size()) if worker.get_world_rank() == 0 else None
-        return ray.train.collective.broadcast_from_rank_zero(feed)
+        return workers.from_first(start_feed(plan, position, workers.count) if workers.rank == 0 else None)

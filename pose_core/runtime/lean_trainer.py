@@ -47,10 +47,15 @@ class _Workers(WorkerGroup):
     def _init_train_context_on_workers(
         self, workers: list[Worker], sync_actor: ray.actor.ActorHandle, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As it is there, but for the controller, which is no actor: workers would ask it for reported checkpoints."""
+        """As it is there, but for two actors that workers could ask.
+
+        One is the controller, which is none here, for reported checkpoints. The other one carries objects between
+        workers, which torch does for ours.
+        """
+        ray.kill(sync_actor)
         common = {
             "train_run_context": self._train_run_context,
-            "synchronization_actor": sync_actor,
+            "synchronization_actor": None,
             "storage_context": self._storage_context,
             "worker_callbacks": self._worker_callbacks_to_propagate,
             "controller_actor": None,

@@ -58,9 +58,10 @@ _HEAD_SETTINGS = {
 }
 _STOP_SECONDS = 20.0
 
-# ``ray start`` with two things before it. The kernel sends it SIGTERM when the process that started it dies, however.
+# ``ray start`` with three things before it. The kernel sends it SIGTERM when the process that started it dies, however.
 # And all that Ray starts is batch work, which no wake-up lets in ahead of others: each of its processes wakes a hundred
 # times a second, and ten of them interrupt training a thousand times. Workers that train take themselves out of it.
+# And no server for ``ray://``: only where gRPC is missing does Ray leave it out.
 _LAUNCHER = """
 import contextlib, ctypes, os, signal, sys
 parent = int(sys.argv.pop(1))
@@ -70,8 +71,9 @@ if sys.platform == "linux":
         sys.exit("the starting process is gone")
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-from ray.scripts.scripts import main
-main()
+from ray.scripts import scripts
+scripts.get_ray_client_dependency_error = lambda: "not wanted"
+scripts.main()
 """
 
 
@@ -147,7 +149,7 @@ class LocalRay:
             self._cleanup = stack.pop_all()
 
     def _start(self, temp: Path) -> subprocess.Popen[bytes]:
-        dashboard_port, client_port = _free_ports(2)
+        dashboard_port = _free_port()
         self.dashboard_url = f"http://127.0.0.1:{dashboard_port}"
         elsewhere = {"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", _TOKEN}
         inherited = {name: value for name, value in os.environ.items() if name not in elsewhere}
@@ -155,7 +157,7 @@ class LocalRay:
             return subprocess.Popen(
                 [
                     *(sys.executable, "-Pc", _LAUNCHER, str(os.getpid()), "start", "--head", "--block", "--no-monitor"),
-                    *("--node-ip-address=127.0.0.1", "--port=0", f"--ray-client-server-port={client_port}"),
+                    *("--node-ip-address=127.0.0.1", "--port=0"),
                     *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
                     *("--dashboard-agent-listen-port=0", f"--temp-dir={temp}", f"--labels={FIXED_SIZE_LABEL}=true"),
                 ],
@@ -198,12 +200,10 @@ def _write_token(path: Path) -> None:
         file.write(secrets.token_hex(32))
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -24,6 +24,7 @@ from pose_core.runtime.batches import Batches
 from pose_core.runtime.checkpoints import PhaseCheckpoints, Saved
 from pose_core.runtime.cores import take_cores
 from pose_core.runtime.datasets import TRAINED_ON
+from pose_core.runtime.feeding import Workers
 from pose_core.runtime.garbage import Garbage
 from pose_core.runtime.meter import Meter
 from pose_core.runtime.out_of_memory import kernel_kills, told
@@ -58,7 +59,8 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         found = kept.newest()
         position = Position.from_json(found.position) if found else Position()
         # First of all, so that data are read while networks are built.
-        batches = stack.enter_context(job.data.batches(position, *_reader(settings.training)))
+        workers = Workers(parallel.rank(), parallel.ranks(), parallel.from_first_rank)
+        batches = stack.enter_context(job.data.batches(position, *_reader(settings.training), workers))
         networks = _networks(job, Path(scratch), device)
         optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
         done = kept.load(found, networks, optimizers) if found else 0

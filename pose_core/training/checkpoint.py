@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import threading
 import uuid
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +24,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pose_core.errors import CheckpointError, ClusterError, PoseError, StorageGoneError
+from pose_core.training import parallel
 from pose_core.training.checkpoint_files import Commit, Files, Reader, Writer
+from pose_core.training.parallel import Shared
 from pose_core.training.state import Networks
 
 PARTIAL = StateDictOptions(strict=False)
-
-
-Shared = TypeVar("Shared")
 
 
 class Saver:
@@ -45,7 +43,7 @@ class Saver:
     def __init__(self, timeout_seconds: float = 1800.0):
         self.group = None
         if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self.group = parallel.cpu_group(timeout_seconds)
         pinned = torch.cuda.is_available()
         # It keeps its buffers from one checkpoint to the next.
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
@@ -87,11 +85,7 @@ class Saver:
 
     def from_first_rank(self, value: Shared) -> Shared:
         """What the first rank gave; the others may give anything."""
-        if self.group is None:
-            return value
-        shared = [value]
-        dist.broadcast_object_list(shared, src=0, group=self.group)
-        return shared[0]
+        return parallel.from_first_rank(value, self.group)
 
     def _write(self, files: Files, step: int, state: dict[str, Any], commit: Commit) -> None:
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ from pose_core.models.weights import Weights, is_adapter, stock_name
 from pose_core.settings import TrainingSettings
 
 Nested = TypeVar("Nested")
+Shared = TypeVar("Shared")
+
+_SHARING = "gloo_of_training"
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,6 +55,38 @@ def rank() -> int:
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_first_rank(value: Shared, group: dist.ProcessGroup | None = None) -> Shared:
+    """What the first rank gave; the others may give anything. All ranks, or those of ``group``, must call it."""
+    if not dist.is_initialized():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0, group=group)
+    return shared[0]
+
+
+def cpu_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """All ranks once more, for what another thread exchanges; all must call it.
+
+    Gloo gives each group a thread for its sockets, which wakes up a hundred times a second even if nothing comes, on
+    ranks' own cores. Where the training's group is gloo, too, this one uses its thread.
+    """
+    if _SHARING not in dist.Backend.backend_list:
+        dist.Backend.register_backend(_SHARING, _share_sockets, devices=["cpu"])
+    return dist.new_group(backend=_SHARING, timeout=timedelta(seconds=timeout_seconds))
+
+
+def _share_sockets(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    gloo: Any = dist.ProcessGroupGloo
+    options, whole = gloo._Options(), dist.group.WORLD
+    options._timeout = timeout
+    with suppress(RuntimeError):  # a group of GPUs alone
+        training: Any = whole and whole._get_backend(torch.device("cpu"))
+        if isinstance(training, gloo):
+            options._devices = training.options._devices
+    options._devices = options._devices or [gloo.create_default_device()]
+    return gloo(store, rank, ranks, options)
 
 
 @dataclass(frozen=True)

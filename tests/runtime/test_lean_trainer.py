@@ -77,7 +77,7 @@ def test_the_first_workers_result_comes_back_and_beside_the_workers_stands_littl
         return rank, answering(), living(config["address"]) if rank == 0 else None
 
     ended = trainer(loop, address=address).fit()
-    assert ended.return_value == (0, True, ["RayTrainWorker"] * WORKERS + ["SynchronizationActor"])
+    assert ended.return_value == (0, True, ["RayTrainWorker"] * WORKERS)
     assert all_end(address)
 
 

@@ -1,4 +1,4 @@
-"""What each of two ranks does for ``test_parallel.py``: both phases, a checkpoint, a resumed copy, bfloat16."""
+"""What each of two ranks does for ``test_parallel.py``: phases, a checkpoint, a resumed copy, bfloat16, a second group."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def work(_rank: int, folder: Path, out: Path) -> dict[str, Any]:
         name: {**_float32(name, folder, out), **_bfloat16(name, folder), "moved": moved_by_turn(name, folder, True)}
         for name in CASES
     }
+
+
+def share(rank: int, _folder: Path, _out: Path) -> dict[str, Any]:
+    """What each gets from the first one, in the training's group and in another, and how many threads serve sockets."""
+    other = parallel.cpu_group(60.0)
+    told = [parallel.from_first_rank(f"rank {rank}"), parallel.from_first_rank(f"rank {rank}, too", other)]
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return {"told": told, "socket_threads": threads.count("gloo_tcp_loop")}
 
 
 def _float32(name: str, folder: Path, out: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase, load
-from ranks import INPUTS, LAST_STEP, SAVED_STEP, moved_by_turn, work
+from ranks import INPUTS, LAST_STEP, SAVED_STEP, moved_by_turn, share, work
 from spawned import run_ranks
 from torch import nn
 
@@ -52,6 +52,11 @@ def tolerance(name: str, curve: str, finished_steps: int) -> dict[str, float]:
         # Fake and real estimate begin equal: their difference, about 1e-3 of either, keeps 1e-3 of the precision.
         return {"rel": 1e-4}
     return {"rel": 1e-5}
+
+
+def test_a_group_for_another_thread_has_no_thread_that_wakes_up_for_its_sockets(tmp_path: Path) -> None:
+    same = {"told": ["rank 0", "rank 0, too"], "socket_threads": 1}
+    assert run_ranks(share, tmp_path, tmp_path) == [same, same]
 
 
 @pytest.mark.parametrize("name", CASES)
