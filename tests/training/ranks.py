@@ -1,4 +1,4 @@
-"""What each of two ranks does for ``test_parallel.py``: phases, a checkpoint, a resumed copy, bfloat16, a second group."""
+"""What each of two ranks does for ``test_parallel.py``: phases, checkpoint, a copy, bfloat16, a second group."""
 
 from __future__ import annotations
 
