@@ -132,6 +132,13 @@ def test_it_listens_on_loopback_only(head: LocalRay) -> None:
 
 
 @pytest.mark.integration
+def test_nothing_waits_for_clients_that_never_come(head: LocalRay) -> None:
+    commands = [" ".join(command_line(process)) for process in psutil.Process().children(recursive=True)]
+    assert any("gcs_server" in command for command in commands)
+    assert not any("ray.util.client.server" in command for command in commands)
+
+
+@pytest.mark.integration
 def test_it_is_this_machine_and_never_grows(head: LocalRay) -> None:
     client = connect()
     assert client.get_address() == head.dashboard_url

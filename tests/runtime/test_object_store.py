@@ -167,6 +167,13 @@ def test_secrets_stay_in_files_that_only_the_user_can_read(server: EmbeddedStore
 
 
 @integration
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has batch work")
+def test_its_timers_interrupt_nobody_who_trains(server: EmbeddedStore) -> None:
+    threads = [int(task.name) for task in Path(f"/proc/{server.process_id}/task").iterdir()]
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
+
+
+@integration
 def test_only_this_machine_is_listened_to(server: EmbeddedStore) -> None:
     files = Path(f"/proc/{server.process_id}/fd").iterdir()
     mine = {os.readlink(file) for file in files if file.exists() or file.is_symlink()}
