@@ -15,6 +15,8 @@ Two processes that do the same differ by up to 2 % for as long as they live, so 
 rounds. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
 
 Two ranks leave none of two cores to Ray, the data and MLflow; ``--ranks 1`` leaves them one, as a node with GPUs does.
+Where no core is left, ranks of ``whole`` keep to one each and those of ``bare`` to none: see docs/recovery.md for what
+that hides.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _SERVERS = ("master", "volume", "filer", "s3")
 _GRPC_OFFSET = 10000
 
 # Runs in the child before it becomes weed: the kernel then kills it when the process that started it dies, however, and
-# no timer of its, of which a hundred go off a second, interrupts training.
+# its timers, a hundred a second, interrupt no training.
 _LAUNCHER = """
 import contextlib, ctypes, os, signal, sys
 if sys.platform == "linux":
