@@ -134,13 +134,16 @@ def mlflow_steps(folder: Path) -> Times:
 
 
 def marked(folder: Path) -> list[psutil.Process]:
-    """Processes that carry the mark of ``folder``."""
-    found = []
+    """Processes that carry the mark of ``folder``, and what they have started.
+
+    A dozen of Ray's write their title over the environment they were given, and can be found by their parents alone.
+    """
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == str(folder):
-                found.append(process)
-    return found
+            if process.pid not in found and process.environ().get(MARK) == str(folder):
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    return list(found.values())
 
 
 def send(processes: Sequence[psutil.Process], number: int) -> None:

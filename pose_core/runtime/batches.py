@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from pose_core.data.order import Chunk, Order, Place, Planned, Position, plan
 
+Item = TypeVar("Item")
 READY_BATCHES = 2
 """Batches that wait, ready, for the training step."""
-_POLL_SECONDS = 0.2
 _CLOSE_SECONDS = 5
 
 
@@ -77,8 +77,8 @@ class Batches:
         self.waited_seconds = 0.0
         """How long ``next`` has waited for data, all calls together."""
         self._chunks, self._rank, self._ranks = chunks, rank, ranks
-        self._planned: queue.Queue[Planned | BaseException] = queue.Queue(ahead)
-        self._ready: queue.Queue[RankBatch | BaseException] = queue.Queue(READY_BATCHES)
+        self._planned = _Handover[Planned](ahead)
+        self._ready = _Handover[RankBatch](READY_BATCHES)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._pending: Counter[tuple[Chunk, str]] = Counter()
@@ -103,7 +103,7 @@ class Batches:
 
     def __next__(self) -> RankBatch:
         started = time.monotonic()
-        batch = self._take(self._ready)
+        batch = self._ready.take()
         self.waited_seconds += time.monotonic() - started
         self.position = batch.after
         return batch
@@ -115,38 +115,22 @@ class Batches:
     def close(self) -> None:
         """Stop reading ahead; returns when nothing is read any more, or soon."""
         self._closed.set()
+        self._planned.close()
+        self._ready.close()
         self._chunks.close()
         for thread in self._threads:
             thread.join(_CLOSE_SECONDS)
 
-    def _run(self, work: Callable[[], Iterator[Any]], out: queue.Queue[Any]) -> None:
+    def _run(self, work: Callable[[], Iterator[Any]], out: _Handover[Any]) -> None:
         """Put what ``work`` gives into ``out``, at last the error that ended it."""
         try:
             for item in work():
-                self._put(out, item)
+                out.put(item)
         except ClosedError:
             pass
         except BaseException as error:
-            self._put(out, error)
-
-    def _put(self, out: queue.Queue[Any], item: Any) -> None:
-        while not self._closed.is_set():
-            try:
-                return out.put(item, timeout=_POLL_SECONDS)
-            except queue.Full:
-                continue
-
-    def _take(self, source: queue.Queue[Any]) -> Any:
-        while True:
-            try:
-                item = source.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                if self._closed.is_set():
-                    raise ClosedError from None
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            return item
+            with suppress(ClosedError):
+                out.put(error)
 
     def _announce(self, planned: Planned) -> Planned:
         if self._closed.is_set():
@@ -162,7 +146,7 @@ class Batches:
 
     def _assembled(self) -> Iterator[RankBatch]:
         while True:
-            planned = self._take(self._planned)
+            planned = self._planned.take()
             own = planned.slice(self._rank, self._ranks)
             columns = self._pick(own)
             yield RankBatch(planned.bucket, columns, planned.places, planned.after)
@@ -182,6 +166,47 @@ class Batches:
 
 class ClosedError(Exception):
     """Nobody listens any more."""
+
+
+class _Handover(Generic[Item]):
+    """A queue of at most ``size`` items, or of errors in place of items, that can be closed under those who wait at it.
+
+    Before Python 3.13 ``queue.Queue`` cannot, so that its users look now and then, beside a training that shares the
+    core and the interpreter with them.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self._items: deque[Item | BaseException] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, item: Item | BaseException) -> None:
+        """Wait for room. Raises ``ClosedError``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._size)
+            if self._closed:
+                raise ClosedError
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def take(self) -> Item:
+        """The oldest item, waited for. Raises ``ClosedError``, or the error that was put."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._items)
+            if self._closed:
+                raise ClosedError
+            item = self._items.popleft()
+            self._changed.notify_all()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """From now on both raise, also for those who wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 def _column(cells: list[Any]) -> Any:

@@ -48,6 +48,12 @@ _HEAD_SETTINGS = {
     "REPORTER_UPDATE_INTERVAL_MS": "30000",
     "NODE_STATS_UPDATE_INTERVAL_SECONDS": "60",
     "METRICS_RECORD_INTERVAL_S": "3600",
+    # As often, the raylet looks at the disk and for memory to free, and five times for workers that it could end.
+    "RAY_local_fs_monitor_interval_ms": "5000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_kill_idle_workers_interval_ms": "1000",
+    # Every process tells once a second what its tasks do, for lists of tasks that nobody asks for here.
+    "RAY_task_events_report_interval_ms": "0",
     # Ray Train trains in a thread, and glibc gives each a heap; with one heap for all a step took 0.90 to 1.02 of that.
     "MALLOC_ARENA_MAX": "1",
     # Ray keeps a worker a core that has nothing to do; these end soon after their last task.
@@ -58,10 +64,12 @@ _HEAD_SETTINGS = {
 }
 _STOP_SECONDS = 20.0
 
-# ``ray start`` with three things before it. The kernel sends it SIGTERM when the process that started it dies, however.
+# ``ray start`` with some things before it. The kernel sends it SIGTERM when the process that started it dies, however.
 # And all that Ray starts is batch work, which no wake-up lets in ahead of others: each of its processes wakes a hundred
 # times a second, and ten of them interrupt training a thousand times. Workers that train take themselves out of it.
-# And no server for ``ray://``: only where gRPC is missing does Ray leave it out.
+# And no server for ``ray://``: only where gRPC is missing does Ray leave it out. Of the nine
+# processes behind the dashboard, each of which wakes up as well, only those for jobs, which ask the one for nodes, and
+# for what ``list_nodes`` shows.
 _LAUNCHER = """
 import contextlib, ctypes, os, signal, sys
 parent = int(sys.argv.pop(1))
@@ -71,7 +79,14 @@ if sys.platform == "linux":
         sys.exit("the starting process is gone")
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+from ray._private import ray_constants, services
 from ray.scripts import scripts
+start_ray_process = services.start_ray_process
+def start(command, process_type, **how):
+    if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
+        command = [*command, "--modules-to-load=JobHead,NodeHead,StateHead"]
+    return start_ray_process(command, process_type, **how)
+services.start_ray_process = start
 scripts.get_ray_client_dependency_error = lambda: "not wanted"
 scripts.main()
 """

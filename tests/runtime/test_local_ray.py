@@ -136,6 +136,8 @@ def test_nothing_waits_for_clients_that_never_come(head: LocalRay) -> None:
     commands = [" ".join(command_line(process)) for process in psutil.Process().children(recursive=True)]
     assert any("gcs_server" in command for command in commands)
     assert not any("ray.util.client.server" in command for command in commands)
+    heads = {command.split("-")[2] for command in commands if command.startswith("ray-dashboard-")}
+    assert heads == {"JobHead", "NodeHead", "StateHead"}
 
 
 @pytest.mark.integration
