@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import orchestration_overhead as benchmark
+import psutil
 import pytest
 from orchestration_overhead import Pair, Turn
 
@@ -43,3 +48,22 @@ def test_a_checkpoint_costs_what_turns_with_one_take_longer() -> None:
     for too_few in (pairs[:1], pairs[-1:], pairs[::2]):
         with pytest.raises(PoseError, match="--rounds"):
             benchmark.checkpoint_share(too_few)
+
+
+def test_a_side_is_all_that_it_has_started_marked_or_not(tmp_path: Path) -> None:
+    """As those of Ray's processes that write their title over their environment."""
+    program = "import subprocess; subprocess.run(['env', '-i', 'sleep', '60'])"
+    side = benchmark.start("side", tmp_path / "side", [sys.executable, "-c", program])
+    other = subprocess.Popen(["env", "-i", "sleep", "60"])
+    try:
+        family = psutil.Process(side.process.pid)
+        while not any(child.name() == "sleep" for child in family.children()):
+            assert side.process.poll() is None
+        whole = {family, *family.children()}
+        assert set(benchmark.marked(side.folder)) == whole
+        benchmark.end(side)
+        assert psutil.wait_procs(whole, timeout=30)[1] == [] and other.poll() is None
+    finally:
+        benchmark.end(side)
+        other.kill()
+        other.wait()
