@@ -48,7 +48,7 @@ _HEAD_SETTINGS = {
     "REPORTER_UPDATE_INTERVAL_MS": "30000",
     "NODE_STATS_UPDATE_INTERVAL_SECONDS": "60",
     "METRICS_RECORD_INTERVAL_S": "3600",
-    # As often, the raylet looks at the disk and for memory to free, and five times for workers that it could end.
+    # The raylet looks as often at the disk and for memory to free, and five times a second for workers to end.
     "RAY_local_fs_monitor_interval_ms": "5000",
     "RAY_raylet_check_gc_period_milliseconds": "1000",
     "RAY_kill_idle_workers_interval_ms": "1000",
@@ -67,9 +67,9 @@ _STOP_SECONDS = 20.0
 # ``ray start`` with some things before it. The kernel sends it SIGTERM when the process that started it dies, however.
 # And all that Ray starts is batch work, which no wake-up lets in ahead of others: each of its processes wakes a hundred
 # times a second, and ten of them interrupt training a thousand times. Workers that train take themselves out of it.
-# And no server for ``ray://``: only where gRPC is missing does Ray leave it out. Of the nine
-# processes behind the dashboard, each of which wakes up as well, only those for jobs, which ask the one for nodes, and
-# for what ``list_nodes`` shows.
+# And no server for ``ray://``: only where gRPC is missing does Ray leave it out. Of the nine processes behind the
+# dashboard, each of which wakes up as well, only the one for jobs, the one that tells it which node is the head, and
+# the one that ``list_nodes`` asks.
 _LAUNCHER = """
 import contextlib, ctypes, os, signal, sys
 parent = int(sys.argv.pop(1))
