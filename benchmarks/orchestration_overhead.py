@@ -10,7 +10,9 @@ A turn is a few seconds long, so that a machine which grows slower does so for b
 that a checkpoint may fall anywhere in it; its first seconds, in which what was stopped catches up with what it has
 missed, are not counted. A turn of ``whole`` counts as the time of its steps over that of the bare turns around it.
 ``step_ratio`` is the mean of a round of such turns, with whatever checkpoints fell into it, and of all rounds the
-median. ``checkpoint_overhead`` is how that grows with the whole checkpoints a turn holds, over the time of 50 steps.
+median. ``checkpoint_overhead`` is what the six steps from a checkpoint on, in which it is written, take longer than as
+many of the other steps of the same turn, over the time of 50 of those; the mean of all checkpoints that are whole in a
+turn.
 Two processes that do the same differ by up to 2 % for as long as they live, so both sides are started anew every few
 rounds. ``recovery_seconds`` is from the SIGKILL of one of two workers to the next step that is finished.
 
@@ -34,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -64,8 +67,8 @@ TURN_SECONDS, UNCOUNTED_SECONDS = (16.0, 26.0), 4.0
 TURNS_A_ROUND, ROUNDS_A_START = 8, 2
 LOG_STEPS = 2
 """As the demo: the time of every second step is known, from MLflow."""
-CHECKPOINT_TAKES_STEPS = 4
-"""Steps from a checkpoint's to the one by which it is stored."""
+CHECKPOINT_TAKES_STEPS = 6
+"""Steps from a checkpoint's to one by which it is stored, and by which nothing that it set off goes on."""
 STAGE, ENDLESS = "stability_priming", 1_000_000
 SETTINGS = [
     *(f"priming.steps={ENDLESS}", f"training.sample_every_steps={ENDLESS}", "training.sample_clips=1"),
@@ -91,12 +94,20 @@ class Turn:
     def steps(self) -> int:
         return max(self.times) - min(self.times)
 
-    def checkpoints(self) -> int | None:
-        """How many it holds, each whole; None if one is not or may not be whole in it."""
-        first, last = min(self.times), max(self.times)
-        begun = [step for step in range(first - CHECKPOINT_TAKES_STEPS, last + 1) if step % CHECKPOINT_STEPS == 0]
-        whole = [step for step in begun if first <= step and step + CHECKPOINT_TAKES_STEPS <= last]
-        return len(whole) if begun == whole else None
+    def checkpoint_shares(self) -> list[float]:
+        """What each checkpoint that is whole in it costs, over the time from one to the next without them."""
+        seconds: dict[int | None, float] = defaultdict(float)
+        steps: dict[int | None, int] = defaultdict(int)
+        for before, behind in itertools.pairwise(sorted(self.times)):
+            last = before - before % CHECKPOINT_STEPS
+            at = last if last and before < last + CHECKPOINT_TAKES_STEPS else None
+            seconds[at] += self.times[behind] - self.times[before]
+            steps[at] += behind - before
+        if not steps[None]:
+            return []
+        plain = seconds[None] / steps[None]
+        whole = [at for at in steps if at is not None and steps[at] >= CHECKPOINT_TAKES_STEPS]
+        return [(seconds[at] - steps[at] * plain) / (plain * CHECKPOINT_STEPS) for at in whole]
 
 
 @dataclass
@@ -273,60 +284,34 @@ def take_turn(side: Side, server: psutil.Process, seconds: float) -> None:
 def overheads(folder: Path, store: Store, server: psutil.Process, ranks: int, rounds: int) -> list[Figure]:
     """Both ratios, of ``rounds`` rounds on ``ranks`` ranks."""
     rng = random.Random(0)
-    pairs: list[Pair] = []
+    ratios: list[float] = []
+    shares: list[float] = []
     bare: list[float] = []
-    while len(pairs) < rounds * TURNS_A_ROUND:
-        own = folder / f"from-turn-{len(pairs)}"
+    while len(ratios) < rounds * TURNS_A_ROUND:
+        own = folder / f"from-turn-{len(ratios)}"
         own.mkdir()
-        left = rounds - len(pairs) // TURNS_A_ROUND
+        left = rounds - len(ratios) // TURNS_A_ROUND
         lengths = [rng.uniform(*TURN_SECONDS) for _ in range(TURNS_A_ROUND * min(ROUNDS_A_START, left))]
         plain, whole = take_turns(own, store, server, ranks, lengths)
-        pairs += in_pairs(plain.turns, whole.turns)
+        ratios += over_those_around(plain.turns, whole.turns)
+        shares += [share for turn in whole.turns for share in turn.checkpoint_shares()]
         bare += [turn.step_seconds for turn in plain.turns]
-    means = [
-        statistics.mean(pair.ratio for pair in pairs[first : first + TURNS_A_ROUND])
-        for first in range(0, len(pairs), TURNS_A_ROUND)
-    ]
-    told = [[round(pair.ratio, 3), pair.checkpoints] for pair in pairs]
-    print({"rounds": [round(mean, 4) for mean in means], "turns": told}, file=sys.stderr)
-    held = sum(pair.checkpoints or 0 for pair in pairs)
+    if not shares:
+        raise PoseError("no turn held a whole checkpoint: --rounds must be larger")
+    means = [statistics.mean(ratios[first : first + TURNS_A_ROUND]) for first in range(0, len(ratios), TURNS_A_ROUND)]
+    told = {"rounds": means, "turns": ratios, "checkpoints": shares}
+    print({name: [round(value, 4) for value in values] for name, values in told.items()}, file=sys.stderr)
     return [
         Figure("step_ratio", statistics.median(means), "x", 1.03, rounds),
-        Figure("checkpoint_overhead", checkpoint_share(pairs), "x", 0.02, held),
+        Figure("checkpoint_overhead", statistics.mean(shares), "x", 0.02, len(shares)),
         Figure("bare_step_seconds", statistics.median(bare), "s", None, len(bare)),
     ]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A turn of ``whole`` beside the bare ones around it: time of a step over theirs, steps, whole checkpoints."""
-
-    ratio: float
-    steps: int
-    checkpoints: int | None
-
-
-def in_pairs(bare: Sequence[Turn], whole: Sequence[Turn]) -> list[Pair]:
-    """Each turn of ``whole`` with the one of ``bare`` before it and the one behind it."""
+def over_those_around(bare: Sequence[Turn], whole: Sequence[Turn]) -> list[float]:
+    """Time of a step of each turn of ``whole`` over that of ``bare``'s before it and behind it."""
     around = [(before.step_seconds + behind.step_seconds) / 2 for before, behind in itertools.pairwise(bare)]
-    return [
-        Pair(turn.step_seconds / plain, turn.steps, turn.checkpoints())
-        for turn, plain in zip(whole, around, strict=True)
-    ]
-
-
-def checkpoint_share(pairs: Sequence[Pair]) -> float:
-    """What a checkpoint costs, over the time of the steps from one to the next: the slope over checkpoints a step.
-
-    Raises:
-        PoseError: all turns hold as many.
-    """
-    known = [(pair.checkpoints / pair.steps, pair.ratio) for pair in pairs if pair.checkpoints is not None]
-    try:
-        steps, plain = statistics.linear_regression(*zip(*known, strict=True))
-    except (statistics.StatisticsError, TypeError):
-        raise PoseError("turns with and without a checkpoint are needed: --rounds must be larger") from None
-    return steps / (plain * CHECKPOINT_STEPS)
+    return [turn.step_seconds / plain for turn, plain in zip(whole, around, strict=True)]
 
 
 def take_turns(

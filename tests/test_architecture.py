@@ -36,13 +36,14 @@ MAY_IMPORT = {
 MODELS = ("pose_core/models/",)
 STORAGE = tuple(f"pose_core/runtime/{name}.py" for name in ("storage", "storage_errors", "s3_client"))
 DISTRIBUTED = tuple(
-    f"pose_core/training/{name}.py" for name in ("parallel", "checkpoint", "checkpoint_files", "memory")
+    f"pose_core/training/{name}.py"
+    for name in ("parallel", "checkpoint", "checkpoint_files", "checkpoint_staging", "memory")
 )
 AT_HOME = {
     "ray": ("pose_core/runtime/",),
     "torch.distributed": tuple(
         f"pose_core/training/{name}.py"
-        for name in ("parallel", "checkpoint", "checkpoint_files", "memory", "collectives")
+        for name in ("parallel", "checkpoint", "checkpoint_files", "checkpoint_staging", "memory", "collectives")
     ),
     "mlflow": ("pose_core/runtime/tracking.py",),
     "boto3": STORAGE,

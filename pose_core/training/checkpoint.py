@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -26,10 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
 from pose_core.errors import CheckpointError, ClusterError, PoseError, StorageGoneError
 from pose_core.training import parallel
 from pose_core.training.checkpoint_files import Commit, Files, Reader, Writer
+from pose_core.training.checkpoint_staging import Staging, layout
 from pose_core.training.parallel import Shared
 from pose_core.training.state import Networks
 
 PARTIAL = StateDictOptions(strict=False)
+_FLAT = "flat"
+"""Under it the planner finds all there is: DCP takes its time over each entry of what it is given."""
 
 
 class Saver:
@@ -44,9 +47,7 @@ class Saver:
         self.group = None
         if dist.is_initialized():
             self.group = parallel.cpu_group(timeout_seconds)
-        pinned = torch.cuda.is_available()
-        # It keeps its buffers from one checkpoint to the next.
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: PoseError | None = None
         self._planner = _SavePlanner()
@@ -65,7 +66,7 @@ class Saver:
             PoseError: why the checkpoint before this one could not be written.
         """
         self.wait()
-        staged = self._stager.stage(_state(step, networks, optimizers))
+        staged = self._staging.copy(_flat_state(step, networks, optimizers))
         # A daemon: a worker that ends by an error does not wait for a store that is away.
         self._thread = threading.Thread(target=self._write, args=(files, step, staged, commit), daemon=True)
         self._thread.start()
@@ -90,7 +91,7 @@ class Saver:
     def _write(self, files: Files, step: int, state: dict[str, Any], commit: Commit) -> None:
         try:
             dcp.save(
-                state,
+                {_FLAT: state},
                 storage_writer=Writer(files, commit),
                 planner=self._planner,
                 process_group=self.group,
@@ -148,6 +149,24 @@ def _state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Opti
     }
 
 
+def _flat_state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
+    """The same by the names that DCP gives to what lies inside, without its looking at each of them in every save."""
+    stored, flat = _stored(networks), {"step": step}
+    for role, module in stored.items():
+        flat |= {f"networks.{role}.{name}": value for name, value in _own(networks, role, module).items()}
+    for role, optimizer in optimizers.items():
+        if not optimizer.state:
+            get_optimizer_state_dict(stored[role], optimizer)  # makes it
+        names: dict[Tensor, str] = {parameter: name for name, parameter in stored[role].named_parameters()}
+        below = f"optimizers.{role}"
+        for parameter, values in optimizer.state.items():
+            flat |= {f"{below}.state.{names[parameter]}.{name}": value for name, value in values.items()}
+        for number, group in enumerate(optimizer.param_groups):
+            values = group | {"params": [names[parameter] for parameter in group["params"]]}
+            flat |= {f"{below}.param_groups.{number}.{name}": value for name, value in values.items()}
+    return flat
+
+
 def _stored(networks: Networks) -> dict[str, nn.Module]:
     """The modules behind what changes, by role; roles may share one. The frozen teacher is not stored."""
     modules = {name: role.module for name, role in networks.roles().items() if name != "teacher"}
@@ -156,8 +175,7 @@ def _stored(networks: Networks) -> dict[str, nn.Module]:
 
 def _own(networks: Networks, name: str, module: nn.Module) -> dict[str, Any]:
     """A role's own weights out of its module's."""
-    # As DCP's get_model_state_dict gives them, without its looking at every name again in every save.
-    weights = module.state_dict()
+    weights = module.state_dict(keep_vars=True)
     if name == "heads":
         return weights
     own = networks.roles()[name].weights()
@@ -168,15 +186,19 @@ class _SavePlanner(dcp.DefaultSavePlanner):
     """What lies where is worked out and agreed on once, and again when names, sizes or shards change."""
 
     def __init__(self) -> None:
-        super().__init__(enable_plan_caching=True)
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=True)
         # DCP keeps what was agreed on under a name, for the process.
         self._cached_plans_key = uuid.uuid4().hex
         self._layout: dict[str, Any] = {}
         self._agreed: dict[str, Any] | None = None
 
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict[_FLAT], storage_meta, is_coordinator)
+
     def create_local_plan(self) -> dcp.SavePlan:
-        parts = ("shape", "dtype", "placements")
-        self._layout = {name: [getattr(value, part, None) for part in parts] for name, value in self.state_dict.items()}
+        self._layout = layout(self.state_dict)
         if self._layout == self._agreed:
             return dcp.SavePlan([], usable=False)
         return super().create_local_plan()

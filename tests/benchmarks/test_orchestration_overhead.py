@@ -9,23 +9,37 @@ from pathlib import Path
 import orchestration_overhead as benchmark
 import psutil
 import pytest
-from orchestration_overhead import Pair, Turn
+from orchestration_overhead import Turn
 
-from pose_core.errors import PoseError
+
+def turn(first: int, last: int, slower: float = 0.0, every: int = 2) -> Turn:
+    """Steps of 0.8 s, every second one told of; those that a checkpoint is written in take longer by ``slower``."""
+    times, now = {}, 0.0
+    for step in range(first, last + 1):
+        if step % every == 0:
+            times[step] = now
+        now += 0.8 + (slower if step >= 50 and step % 50 < 6 else 0.0)
+    return Turn(times)
 
 
 @pytest.mark.parametrize(
     ("first", "last", "whole"),
     [
         (60, 80, 0),
-        (98, 112, 1),  # 100 to 104
-        (94, 102, None),  # not yet stored at the end
-        (52, 70, None),  # begun before it
+        (10, 40, 0),  # nothing is stored at the beginning
+        (98, 112, 1),  # 100 to 106
+        (94, 104, 0),  # not yet stored at the end
+        (52, 70, 0),  # begun before it
         (44, 110, 2),
+        (50, 56, 0),  # no other step to compare with
     ],
 )
-def test_a_checkpoint_counts_where_it_is_whole(first: int, last: int, whole: int | None) -> None:
-    assert Turn({first: 1.0, last: 2.0}).checkpoints() == whole
+def test_a_checkpoint_costs_what_its_steps_take_longer(first: int, last: int, whole: int) -> None:
+    """Six steps, each longer by a tenth of a second, of fifty; where it is whole, told of every second step or not."""
+    for every in (1, 2):
+        shares = turn(first, last, 0.1, every).checkpoint_shares()
+        assert shares == pytest.approx([0.6 / (50 * 0.8)] * whole)
+    assert turn(first, last).checkpoint_shares() == pytest.approx([0.0] * whole, abs=1e-12)
 
 
 @pytest.mark.parametrize("slower_every_second", [0.0, 0.001])
@@ -38,16 +52,7 @@ def test_a_machine_that_grows_slower_does_so_for_both_sides(slower_every_second:
             done += 1
             times[done] = now
         (bare if turn % 2 == 0 else whole).append(Turn(times))
-    assert [pair.ratio for pair in benchmark.in_pairs(bare, whole)] == pytest.approx([1.05] * 4, rel=0.002)
-
-
-def test_a_checkpoint_costs_what_turns_with_one_take_longer() -> None:
-    """One step's time in ten, over fifty steps; turns that hold a part of one are left out."""
-    pairs = [Pair(1.0, 12, 0), Pair(1.1, 10, 1), Pair(1.0, 11, 0), Pair(1.1, 20, 2), Pair(3.0, 10, None)]
-    assert benchmark.checkpoint_share(pairs) == pytest.approx(1 / 50)
-    for too_few in (pairs[:1], pairs[-1:], pairs[::2]):
-        with pytest.raises(PoseError, match="--rounds"):
-            benchmark.checkpoint_share(too_few)
+    assert benchmark.over_those_around(bare, whole) == pytest.approx([1.05] * 4, rel=0.002)
 
 
 def test_a_side_is_all_that_it_has_started_marked_or_not(tmp_path: Path) -> None:
