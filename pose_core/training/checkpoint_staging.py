@@ -32,7 +32,7 @@ class Staging:
         with torch.no_grad():
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    _own(self._copies[name]).copy_(_own(value), non_blocking=self._pinned)
+                    _shard(self._copies[name]).copy_(_shard(value), non_blocking=self._pinned)
                 else:
                     self._copies[name] = value
         if self._pinned:
@@ -41,10 +41,10 @@ class Staging:
 
 
 def layout(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a state decides where it lies in buffers, ranks and files; empty lists for what is no tensor."""
+    """What of a state decides where it lies in buffers, ranks and files; of what is no tensor, its name alone."""
     parts = ("shape", "dtype", "placements")
     return {name: [getattr(value, part, None) for part in parts] for name, value in state.items()}
 
 
-def _own(value: Tensor) -> Tensor:
+def _shard(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
