@@ -90,10 +90,6 @@ class Turn:
         first, last = min(self.times), max(self.times)
         return (self.times[last] - self.times[first]) / (last - first)
 
-    @property
-    def steps(self) -> int:
-        return max(self.times) - min(self.times)
-
     def checkpoint_shares(self) -> list[float]:
         """What each checkpoint that is whole in it costs, over the time from one to the next without them."""
         seconds: dict[int | None, float] = defaultdict(float)

@@ -12,7 +12,7 @@ import pytest
 from orchestration_overhead import Turn
 
 
-def turn(first: int, last: int, slower: float = 0.0, every: int = 2) -> Turn:
+def turn_of_steps(first: int, last: int, slower: float = 0.0, every: int = 2) -> Turn:
     """Steps of 0.8 s, every second one told of; those that a checkpoint is written in take longer by ``slower``."""
     times, now = {}, 0.0
     for step in range(first, last + 1):
@@ -37,9 +37,9 @@ def turn(first: int, last: int, slower: float = 0.0, every: int = 2) -> Turn:
 def test_a_checkpoint_costs_what_its_steps_take_longer(first: int, last: int, whole: int) -> None:
     """Six steps, each longer by a tenth of a second, of fifty; where it is whole, told of every second step or not."""
     for every in (1, 2):
-        shares = turn(first, last, 0.1, every).checkpoint_shares()
+        shares = turn_of_steps(first, last, 0.1, every).checkpoint_shares()
         assert shares == pytest.approx([0.6 / (50 * 0.8)] * whole)
-    assert turn(first, last).checkpoint_shares() == pytest.approx([0.0] * whole, abs=1e-12)
+    assert turn_of_steps(first, last).checkpoint_shares() == pytest.approx([0.0] * whole, abs=1e-12)
 
 
 @pytest.mark.parametrize("slower_every_second", [0.0, 0.001])
