@@ -15,13 +15,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from pose_core.errors import CheckpointError, ClusterError, PoseError, StorageGoneError
 from pose_core.training import parallel
@@ -30,7 +25,6 @@ from pose_core.training.checkpoint_staging import Staging, layout
 from pose_core.training.parallel import Shared
 from pose_core.training.state import Networks
 
-PARTIAL = StateDictOptions(strict=False)
 _FLAT = "flat"
 """Under it the planner finds all there is: DCP takes its time over each entry of what it is given."""
 
@@ -66,7 +60,7 @@ class Saver:
             PoseError: why the checkpoint before this one could not be written.
         """
         self.wait()
-        staged = self._staging.copy(_flat_state(step, networks, optimizers))
+        staged = self._staging.copy(_state(step, networks, optimizers))
         # A daemon: a worker that ends by an error does not wait for a store that is away.
         self._thread = threading.Thread(target=self._write, args=(files, step, staged, commit), daemon=True)
         self._thread.start()
@@ -115,7 +109,9 @@ def load(files: Files, networks: Networks, optimizers: dict[str, torch.optim.Opt
     """
     state = _state(0, networks, optimizers)
     try:
-        dcp.load(state, storage_reader=Reader(files), planner=_LoadPlanner(), no_dist=not dist.is_initialized())
+        dcp.load(
+            {_FLAT: state}, storage_reader=Reader(files), planner=_LoadPlanner(), no_dist=not dist.is_initialized()
+        )
     # DCP raises many types, one of them no Exception; but for a store's, they mean that this folder cannot be used.
     except (Exception, CheckpointException) as error:
         cause = _cause(error)
@@ -125,10 +121,10 @@ def load(files: Files, networks: Networks, optimizers: dict[str, torch.optim.Opt
         raise CheckpointError(
             f"{files.uri} is not a checkpoint of this run: {reason}; remove it or choose another run.name"
         ) from error
-    for name, module in _stored(networks).items():
-        set_model_state_dict(module, state["networks"][name], options=PARTIAL)
-    for name, optimizer in optimizers.items():
-        set_optimizer_state_dict(_stored(networks)[name], optimizer, state["optimizers"][name])
+    for role, optimizer in optimizers.items():
+        for number, group in enumerate(optimizer.param_groups):
+            below = f"optimizers.{role}.param_groups.{number}"
+            group.update({name: state[f"{below}.{name}"] for name in group if name != "params"})
     return state["step"]
 
 
@@ -141,16 +137,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
-    stored = _stored(networks)
-    return {
-        "step": step,
-        "networks": {name: _own(networks, name, module) for name, module in stored.items()},
-        "optimizers": {name: get_optimizer_state_dict(stored[name], each) for name, each in optimizers.items()},
-    }
-
-
-def _flat_state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
-    """The same by the names that DCP gives to what lies inside, without its looking at each of them in every save."""
+    """All that changes, by the names that DCP would give it; it would look at each of them in every save."""
     stored, flat = _stored(networks), {"step": step}
     for role, module in stored.items():
         flat |= {f"networks.{role}.{name}": value for name, value in _own(networks, role, module).items()}
@@ -211,6 +198,14 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
     """Takes only a checkpoint that holds exactly what is asked for, and unpickles only plain numbers and strings."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict[_FLAT], metadata, is_coordinator)
 
     def create_local_plan(self) -> dcp.LoadPlan:
         assert self.metadata is not None
