@@ -29,10 +29,13 @@ from pose_core.runtime.cluster import FIXED_SIZE_LABEL, connect
 _TOKEN = "RAY_AUTH_TOKEN"
 # Meant for other systems, and the only switch that makes Ray take 127.0.0.1 for its own address and listen only there.
 _LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
-# Ray Train asks every two seconds, in an actor of its own, whether somebody drains the only node there is.
-_CLIENT_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-_HEAD_SETTINGS = {
+_CLIENT_SETTINGS = {
+    # Ray Train asks every two seconds, in an actor of its own, whether somebody drains the only node there is.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Data would ask Prometheus every ten seconds until its process ends, and start an actor, for what it tells.
     "RAY_USAGE_STATS_ENABLED": "0",
+}
+_HEAD_SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     # Otherwise a fixed port, over which two clusters would quarrel.
     "DASHBOARD_METRIC_PORT": "0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +51,6 @@ def test_items_come_back_and_errors_of_ours_stay_ours(tmp_path: Path) -> None:
             pool = {"fn_constructor_args": ("teacher",), "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=1)}
             with pytest.raises(CheckpointError, match="teacher has no vae"):
                 list(work_through([{"good": 1}], Actor, **pool))
+            assert not [thread for thread in threading.enumerate() if "usage" in thread.name]  # nothing is told of it
         finally:
             ray.shutdown()
