@@ -23,8 +23,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# pytest looks after crashes only until its report is out; this says where the interpreter crashed as it ended, too.
 test: lint
-	$(BIN)/pytest
+	PYTHONFAULTHANDLER=1 $(BIN)/pytest
 
 clean:
 	rm -rf $(VENV) .pose outputs
