@@ -14,6 +14,11 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}-{uuid.uuid4().hex}.part")
 
 
+def partials_of(path: Path) -> list[Path]:
+    """What ``partial_name`` named for ``path`` and a process that was killed has left."""
+    return list(path.parent.glob(f".{path.name}-*.part"))
+
+
 def is_partial(path: Path) -> bool:
     """Whether ``path`` has a name that ``partial_name`` makes."""
     return path.name.startswith(".") and path.suffix == ".part"

@@ -29,6 +29,7 @@ from pose_core.runtime.garbage import Garbage
 from pose_core.runtime.meter import Meter
 from pose_core.runtime.out_of_memory import kernel_kills, told
 from pose_core.runtime.phase_job import PhaseJob
+from pose_core.runtime.shared_copies import shared_copy
 from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.validation import Validation
 from pose_core.runtime.watchdog import Limits, Watchdog
@@ -53,7 +54,6 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
     device = ray.train.torch.get_device()
     job.board.at_work(ray.get_runtime_context().get_node_id(), kernel_kills())
     with told(device), contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory())
         turns = build.phase_turns(job.phase, settings)
         kept = PhaseCheckpoints(job.artifact, settings.training.keep_checkpoints, settings.storage.retry_seconds)
         found = kept.newest()
@@ -61,7 +61,7 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         # First of all, so that data are read while networks are built.
         workers = Workers(parallel.rank(), parallel.ranks(), parallel.from_first_rank)
         batches = stack.enter_context(job.data.batches(position, *_reader(settings.training), workers))
-        networks = _networks(job, Path(scratch), device)
+        networks = _networks(job, device)
         optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
         done = kept.load(found, networks, optimizers) if found else 0
         meter = Meter(job, networks, optimizers, turns, device)
@@ -87,19 +87,18 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
             record=meter.record,
         )
         watch.finish()
-        _write_result(job, networks, Path(scratch))
+        _write_result(job, networks)
         return watch.figures
 
 
-def _networks(job: PhaseJob, scratch: Path, device: torch.device) -> Networks:
+def _networks(job: PhaseJob, device: torch.device) -> Networks:
     teacher = teacher_folder(job.settings.model)
-    generator = teacher
-    if job.generator is not None:
-        generator = scratch / "generator"
-        job.generator.download_folder("generator", generator)
     null_text = torch.tensor(job.data.prepared.null_text()).to(device)
-    networks = build.build_networks(job.phase, job.settings, teacher, generator, null_text, device=device, meta=True)
-    build.shard_networks(networks, job.settings, parallel.build_mesh(job.settings.training, device))
+    start = contextlib.nullcontext(teacher) if job.generator is None else shared_copy(job.generator.child("generator"))
+    with start as folder:
+        networks = build.build_networks(job.phase, job.settings, teacher, folder, null_text, device=device, meta=True)
+        build.shard_networks(networks, job.settings, parallel.build_mesh(job.settings.training, device))
+        parallel.meet(device)  # else a rank that comes late would have to copy it again
     return networks
 
 
@@ -292,10 +291,10 @@ class _Watch:
         return self.kept.load(good, self.networks, self.optimizers)
 
 
-def _write_result(job: PhaseJob, networks: Networks, scratch: Path) -> None:
+def _write_result(job: PhaseJob, networks: Networks) -> None:
     """Rank 0 writes the averaged generator as a stock transformer folder; every rank takes part in the gather."""
     weights = parallel.gather_weights(networks.average.module)
     if parallel.rank() == 0:
-        folder = scratch / "result" / "transformer"
-        networks.average.save(folder, weights)
-        job.artifact.upload_folder(folder.parent, "generator")
+        with tempfile.TemporaryDirectory() as scratch:
+            networks.average.save(Path(scratch) / "transformer", weights)
+            job.artifact.upload_folder(Path(scratch), "generator")

@@ -231,6 +231,11 @@ def highest(value: Tensor) -> int:
     return int(value)
 
 
+def meet(device: torch.device) -> None:
+    """Return once every rank has called it."""
+    highest(torch.zeros((), dtype=torch.int32, device=device))
+
+
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """The full weights on rank 0's CPU, an empty dict on the others; every rank must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
