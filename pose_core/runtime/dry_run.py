@@ -21,8 +21,7 @@ from pose_core.runtime.object_store import find_weed
 from pose_core.runtime.preflight import check_models
 from pose_core.runtime.preparing import find_raw
 from pose_core.runtime.session import EMBEDDED, STATE_FOLDER
-from pose_core.runtime.storage import Store
-from pose_core.runtime.teachers import BUCKET
+from pose_core.runtime.storage import BUCKET, Store
 from pose_core.settings import Settings
 from pose_core.training.plan import FLOAT32_BYTES, PHASES, Plan
 

@@ -18,7 +18,8 @@ from pose_core.models.lora_file import DOWN, Extraction, Lora, extract_lora, lin
 from pose_core.models.weights import Weights
 from pose_core.runtime import manifests
 from pose_core.runtime.stage import StageRun
-from pose_core.runtime.teachers import BUCKET, teacher_folder
+from pose_core.runtime.storage import BUCKET
+from pose_core.runtime.teachers import teacher_folder
 from pose_core.runtime.tracking import register_model
 
 MODEL, LORA = "model", "lora"

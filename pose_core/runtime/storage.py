@@ -32,6 +32,7 @@ _READ_SECONDS = 60
 _PROBE_SECONDS = 4
 _ATTEMPTS = 3
 _CHUNK_BYTES = 8 << 20
+BUCKET = "s3://"
 _LOCAL = pyarrow.fs.LocalFileSystem()
 
 Keys = list[str]
@@ -51,7 +52,7 @@ class Store(ABC):
     @classmethod
     def open(cls, uri: str) -> Store:
         """A store at ``s3://bucket/prefix``, ``file:///folder`` or a folder path; nothing is made or asked yet."""
-        if uri.startswith("s3://") and uri.strip("/") != "s3:":
+        if uri.startswith(BUCKET) and uri.strip("/") != "s3:":
             return _BucketStore(uri.rstrip("/"))
         if uri.startswith("file:///"):
             return _FolderStore(unquote(uri.removeprefix("file://")).rstrip("/"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 from pose_core.errors import CheckpointError
 from pose_core.models.folders import find_folder, local_teacher
 from pose_core.models.parts import check_parts
-from pose_core.runtime.storage import Store
+from pose_core.runtime.shared_copies import name_of
+from pose_core.runtime.storage import BUCKET, Store
 from pose_core.settings import ModelSettings
 
 CACHE = Path("~/.cache/pose/teachers")
 """Copies of folders in buckets, one a content: a folder that is published anew is copied anew."""
-BUCKET = "s3://"
 
 
 def teacher_folder(model: ModelSettings) -> Path:
@@ -59,16 +58,16 @@ def teacher_configs(model: ModelSettings) -> Path:
 
 
 def _content(uri: str) -> str:
-    """A name for what a bucket's folder holds now: paths and versions of its files.
+    """A name for what a bucket's folder holds now.
 
     Raises:
         CheckpointError: it holds nothing (correctable in the call).
         StorageError: it cannot be read.
     """
-    files = sorted((stored.key, stored.size, stored.version) for stored in Store.open(uri).stored())
+    files = Store.open(uri).stored()
     if not files:
         raise CheckpointError(f"model.teacher={uri} holds no file: name a diffusers folder in a bucket", in_call=True)
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:32]
+    return name_of(files)
 
 
 @contextmanager

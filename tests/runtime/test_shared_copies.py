@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pose_core.errors import StorageError
 from pose_core.runtime import shared_copies
 from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.shared_copies import shared_copy
@@ -125,6 +126,17 @@ def test_half_a_copy_is_never_used_and_does_not_stay(store: Store, cache: Path, 
         assert again == folder and files(again) == FILES
         assert left(cache) == [folder.name]
     assert len(downloads) == 2
+
+
+@pytest.mark.integration
+def test_another_users_folder_is_refused_in_one_line(
+    store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(StorageError) as caught, shared_copy(store):
+        pass
+    assert str(caught.value) == f"{cache} belongs to another user; have it removed or set TMPDIR"
 
 
 @pytest.mark.integration
