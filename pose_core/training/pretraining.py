@@ -78,11 +78,18 @@ def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator, 
     return _reconstruction(vae, posterior.sample(generator), pixels) + kl_weight * posterior.kl().mean()
 
 
-def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """The part of ``vae_loss`` that the decoder has a say in; the encoder is a constant in it."""
+def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator, noise: float = 0.0) -> Tensor:
+    """The part of ``vae_loss`` that the decoder has a say in; the encoder is a constant in it.
+
+    Latents are moved by up to ``noise`` of their spread, each clip's by a share of its own: those that a transformer
+    makes are not exact, and a decoder that has only seen exact ones shows every error.
+    """
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.sample(generator)
-    return _reconstruction(vae, latents, pixels)
+    share = torch.rand(len(latents), 1, 1, 1, 1, generator=generator).to(latents.device)
+    spread = latents.new_tensor(vae.config.latents_std)[:, None, None, None]
+    moved = torch.randn(latents.shape, generator=generator).to(latents.device) * spread
+    return _reconstruction(vae, latents + noise * share * moved, pixels)
 
 
 def _reconstruction(vae: AutoencoderKLWan, latents: Tensor, pixels: Tensor) -> Tensor:
