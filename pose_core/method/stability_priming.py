@@ -36,6 +36,15 @@ def window_start(progress: float, first: float, last: float) -> float:
     return first + (last - first) * progress
 
 
+def shift_at(progress: float, shift: float, unshifted_share: float) -> float:
+    """Shift of the times ``t'`` after ``progress`` (0..1) of the phase; none, which is 1, over its last share.
+
+    Unspecified in paper. What a clip shows at large, as how fast it moves, is open near noise only: a shift of 3 puts a
+    sixth of the times there, where uniform ones have a twentieth. What is left then are details, far from it.
+    """
+    return 1.0 if progress >= 1 - unshifted_share else shift
+
+
 @torch.no_grad()
 def matching_gradient(
     v_phi: Velocity, v_real: Velocity, x0_hat: Tensor, eps: Tensor, t: Tensor, *, normalise: bool = True

@@ -32,6 +32,7 @@ from pose_core.training.turns import (
     adversarial_parts,
     discriminator_turn,
     judge_of,
+    matching_times,
     renoise_times,
 )
 
@@ -111,7 +112,7 @@ def dmd2_turns(settings: Settings) -> list[Turn]:
         x_0 = batch.x_0
         with torch.no_grad():
             x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(x_0))
-        t, eps = renoise_times(phase, batch, draws), draws.normal(x_0)
+        t, eps = matching_times(phase, batch, draws), draws.normal(x_0)
         score = priming.fake_score_loss(networks.v_phi(batch.condition), x0_hat, eps, t)
         judge = judge_of(networks.fake, networks, batch.condition, blocks)
         clips = torch.arange(len(t), device=t.device)
@@ -122,7 +123,7 @@ def dmd2_turns(settings: Settings) -> list[Turn]:
 
     def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
         x0_hat = one_step(networks.v_theta(batch.condition), draws.normal(batch.x_0))
-        t, eps = renoise_times(phase, batch, draws), draws.normal(x0_hat)
+        t, eps = matching_times(phase, batch, draws), draws.normal(x0_hat)
         v_phi, v_real = networks.v_phi(batch.condition), networks.v_real(batch.condition, rivals.matching_guidance)
         matching = priming.matching_loss(x0_hat, priming.matching_gradient(v_phi, v_real, x0_hat, eps, t))
         judge = judge_of(networks.fake, networks, batch.condition, blocks)

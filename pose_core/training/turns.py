@@ -58,20 +58,20 @@ def priming_turns(settings: PrimingSettings) -> list[Turn]:
 
     def sample(networks: Networks, batch: Batch, draws: Draws) -> Tensor:
         first = settings.input_time_min if settings.input_time_start is None else settings.input_time_start
-        start = priming.window_start(draws.step / max(settings.steps, 1), first, settings.input_time_min)
+        start = priming.window_start(progress(settings, draws), first, settings.input_time_min)
         t = sample_times(draws.uniform(batch.x_0), start, 1.0)
         return priming.primed_sample(networks.v_theta(batch.condition), batch.x_0, draws.normal(batch.x_0), t)
 
     def fake(networks: Networks, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
             x0_hat = sample(networks, batch, draws)
-        t = renoise_times(settings, batch, draws)
+        t = matching_times(settings, batch, draws)
         loss = priming.fake_score_loss(networks.v_phi(batch.condition), x0_hat, draws.normal(x0_hat), t)
         return Losses(loss, {})
 
     def generator(networks: Networks, batch: Batch, draws: Draws) -> Losses:
         x0_hat = sample(networks, batch, draws)
-        t = renoise_times(settings, batch, draws)
+        t = matching_times(settings, batch, draws)
         v_phi = networks.v_phi(batch.condition)
         v_real = networks.v_real(batch.condition, settings.guidance)
         normalise = settings.gradient_normalisation == "mean_abs"
@@ -157,8 +157,20 @@ def adversarial_parts(real: equilibrium.Logits, fake: equilibrium.Logits) -> dic
     return {"accuracy": torch.stack(right).mean() / 2}
 
 
-def renoise_times(settings: RenoisedSection, batch: Batch, draws: Draws) -> Tensor:
-    """Times ``[B]`` at which generated clips are noised again."""
+def progress(settings: PrimingSettings, draws: Draws) -> float:
+    """How much of the phase's steps are done; above 1 where it goes on until its seconds are used up."""
+    return draws.step / max(settings.steps, 1)
+
+
+def matching_times(settings: PrimingSettings, batch: Batch, draws: Draws) -> Tensor:
+    """Times ``[B]`` at which scores are matched, and learnt."""
+    shift = priming.shift_at(progress(settings, draws), settings.timestep_shift, settings.unshifted_share)
+    return renoise_times(settings, batch, draws, shift)
+
+
+def renoise_times(settings: RenoisedSection, batch: Batch, draws: Draws, shift: float | None = None) -> Tensor:
+    """Times ``[B]`` at which generated clips are noised again, shifted as the settings say or by ``shift``."""
     window = settings.renoise_time_min, settings.renoise_time_max
     middle = settings.renoise_distribution == "logit_normal"
-    return sample_times(draws.uniform(batch.x_0), *window, settings.timestep_shift, middle=middle)
+    shift = settings.timestep_shift if shift is None else shift
+    return sample_times(draws.uniform(batch.x_0), *window, shift, middle=middle)

@@ -162,3 +162,15 @@ def test_the_heads_learn_to_tell_real_from_generated(tiny_folder: Path) -> None:
     accuracy = [values["discriminator/accuracy"] for values in phase.history]
     assert sum(accuracy[:2]) / 2 < 0.6
     assert sum(accuracy[-20:]) / 20 > 0.65
+
+
+def test_the_last_share_of_priming_is_trained_as_if_times_were_never_shifted(tiny_folder: Path) -> None:
+    def losses(step: int, *overrides: str) -> list[float]:
+        phase, batch = build_phase("priming", tiny_folder, "priming.steps=4", *overrides), next(batches(0))
+        draws = [Draws(0, step, turn.name, 0, torch.device("cpu")) for turn in phase.turns]
+        pairs = zip(phase.turns, draws, strict=True)
+        return [turn.loss(phase.networks, batch, drawn).total.item() for turn, drawn in pairs]
+
+    shifted, both = "priming.timestep_shift=3", ("priming.timestep_shift=3", "priming.unshifted_share=0.5")
+    assert losses(1, *both) == losses(1, shifted) != losses(1)
+    assert losses(2, *both) == losses(2) != losses(2, shifted)
