@@ -41,3 +41,16 @@ def test_a_vae_s_training_goes_on_where_it_stopped(loss: Callable[..., Tensor], 
         trained(tmp_path / "stopped.pt", stop_after=1)
     resumed = trained(tmp_path / "stopped.pt")
     assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def test_a_decoder_learns_from_latents_that_are_moved_by_a_share_of_their_spread() -> None:
+    torch.manual_seed(0)
+    vae, pixels = build_vae(), torch.linspace(-1, 1, 3 * 5 * 16 * 16).view(1, 3, 5, 16, 16)
+
+    def loss(noise: float, spread: float) -> float:
+        vae.register_to_config(latents_std=[spread] * vae.config.z_dim)
+        return pretraining.decoder_loss(vae, pixels, torch.Generator().manual_seed(0), noise).item()
+
+    exact = loss(0.0, 1.0)
+    assert loss(0.0, 2.0) == exact != loss(1.0, 1.0)
+    assert loss(1.0, 0.5) == pytest.approx(loss(0.5, 1.0))
