@@ -41,7 +41,7 @@ def shift_at(progress: float, shift: float, unshifted_share: float) -> float:
 
     Unspecified in paper. How fast a clip moves is open near noise only, on the digits above 0.93: a shift of 3 puts a
     sixth of the times there, where uniform ones have a twentieth. What is left then are details, far from it.
-    ``progress`` may pass 1: a phase without a last share keeps its shift then, too.
+    A phase without a last share keeps its shift behind its steps, too.
     """
     return 1.0 if unshifted_share > 0 and progress >= 1 - unshifted_share else shift
 

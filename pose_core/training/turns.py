@@ -158,8 +158,8 @@ def adversarial_parts(real: equilibrium.Logits, fake: equilibrium.Logits) -> dic
 
 
 def progress(settings: PrimingSettings, draws: Draws) -> float:
-    """How much of the phase's steps are done; above 1 where it goes on until its seconds are used up."""
-    return draws.step / max(settings.steps, 1)
+    """How much of the phase's steps are done; 1 where it goes on behind them until its seconds are used up."""
+    return min(draws.step / max(settings.steps, 1), 1.0)
 
 
 def matching_times(settings: PrimingSettings, batch: Batch, draws: Draws) -> Tensor:

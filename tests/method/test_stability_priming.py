@@ -55,8 +55,8 @@ def test_a_fixed_window_stays_and_a_moving_one_goes_from_high_to_low_snr() -> No
 
 
 def test_times_are_shifted_until_the_last_share_of_the_phase() -> None:
-    assert [priming.shift_at(progress, 3.0, 0.25) for progress in (0.0, 0.74, 0.75, 1.0, 1.5)] == [3, 3, 1, 1, 1]
-    assert [priming.shift_at(progress, 3.0, 0.0) for progress in (0.0, 0.99, 1.0, 1.5)] == [3, 3, 3, 3]
+    assert [priming.shift_at(progress, 3.0, 0.25) for progress in (0.0, 0.74, 0.75, 1.0)] == [3, 3, 1, 1]
+    assert [priming.shift_at(progress, 3.0, 0.0) for progress in (0.0, 0.99, 1.0)] == [3, 3, 3]
 
 
 def test_the_matching_gradient_is_normalised_clip_by_clip() -> None:

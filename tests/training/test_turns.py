@@ -174,3 +174,9 @@ def test_the_last_share_of_priming_is_trained_as_if_times_were_never_shifted(tin
     shifted, both = "priming.timestep_shift=3", ("priming.timestep_shift=3", "priming.unshifted_share=0.5")
     assert losses(1, *both) == losses(1, shifted) != losses(1)
     assert losses(2, *both) == losses(2) != losses(2, shifted)
+
+
+def test_a_window_that_moves_stops_where_a_phase_goes_on_behind_its_steps(tiny_folder: Path) -> None:
+    settings = build_phase("priming", tiny_folder, "priming.steps=4").settings.priming
+    done = [Draws(0, step, "", 0, torch.device("cpu")) for step in (0, 3, 4, 9)]
+    assert [turns_module.progress(settings, draws) for draws in done] == [0, 0.75, 1, 1]
