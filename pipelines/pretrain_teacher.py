@@ -55,6 +55,8 @@ def make(arguments: argparse.Namespace) -> None:
         small.copy_weights(arguments.start_from, pipeline)
     elif arguments.decoder_steps is not None:
         raise ConfigError("--decoder-steps trains on the VAE of --start-from: name its folder")
+    if arguments.decoder_noise and arguments.decoder_steps is None:
+        raise ConfigError(f"--decoder-noise {arguments.decoder_noise:g} trains no decoder: add --decoder-steps")
     videos, texts = render_clips(arguments.clips, arguments.seed)
     pipeline.to(arguments.device)
     with bars() as progress:

@@ -72,3 +72,5 @@ def test_teachers_of_both_tasks_load_in_stock_pipelines_and_are_not_trained_twic
     assert told == "error: --decoder-steps trains on the VAE of --start-from: name its folder\n"
     told = pretrain(tmp_path, "--out", str(sharper), "--start-from", str(image), "--only-vae", exit_code=2)
     assert told == "error: --only-vae trains nothing with --start-from, which keeps a VAE: add --decoder-steps\n"
+    told = pretrain(tmp_path, "--out", str(sharper), "--decoder-noise", "0.2", exit_code=2)
+    assert told == "error: --decoder-noise 0.2 trains no decoder: add --decoder-steps\n"
