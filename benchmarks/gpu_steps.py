@@ -30,6 +30,7 @@ from pose_core.models.video_model import ClipShapes, Condition, Shape
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.devices import peak_teraflops
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.plan import PHASES
 from pose_core.training.simulation import simulate
 from pose_core.training.state import Batch
@@ -128,7 +129,7 @@ def _measure(phase: str, settings: Settings, teacher: Path, device: torch.device
         model.unread = [(module, RandomWeights()) for module, _ in model.unread]
     build.shard_networks(networks, settings, parallel.build_mesh(training, device))
     turns = build.phase_turns(phase, settings)
-    optimizers = loop.build_optimizers(networks, turns, training.weight_decay)
+    optimizers = build_optimizers(networks, turns, training.weight_decay)
     moments: list[float] = []
 
     def batches() -> Iterator[Batch]:

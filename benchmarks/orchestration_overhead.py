@@ -58,6 +58,7 @@ from pose_core.runtime.object_store import EmbeddedStore
 from pose_core.runtime.storage import Store
 from pose_core.runtime.teachers import teacher_folder
 from pose_core.training import build, loop, parallel
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.state import Batch
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -172,7 +173,7 @@ def bare_rank(rank: int, ranks: int, port: int, uri: str, overrides: list[str], 
     )
     build.shard_networks(networks, settings, parallel.build_mesh(settings.training, device))
     turns = build.phase_turns("priming", settings)
-    optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
+    optimizers = build_optimizers(networks, turns, settings.training.weight_decay)
     with file.open("w", buffering=1) as out:
 
         def after_step(step: int, values: dict[str, torch.Tensor]) -> None:

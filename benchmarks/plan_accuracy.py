@@ -31,6 +31,7 @@ from pose_core.models.video_model import Condition
 from pose_core.runtime.cli import errors_for_people, positive_int
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.plan import PHASES
 from pose_core.training.simulation import simulate
 from pose_core.training.state import Batch
@@ -135,7 +136,7 @@ def train(phase: str, settings: Settings, folder: Path) -> None:
     networks = build.build_networks(phase, settings, folder, folder, torch.zeros(1, *shapes.text), device=device)
     build.shard_networks(networks, settings, parallel.build_mesh(training, device))
     turns = build.phase_turns(phase, settings)
-    optimizers = loop.build_optimizers(networks, turns, training.weight_decay)
+    optimizers = build_optimizers(networks, turns, training.weight_decay)
 
     def batches():
         while True:

@@ -12,6 +12,9 @@ ConditioningTime = Annotated[float, Field(ge=0.5, le=1, multiple_of=0.001)]
 """In thousandths, as an exported scheduler says it."""
 
 
+MuonScale = Annotated[float, Field(ge=0)]
+
+
 class MethodSettings(Section):
     """How the model is distilled."""
 
@@ -54,6 +57,9 @@ class PrimingSettings(RenoisedSection):
     """AdamW's beta1, of both turns; DMD2 reads it, too. Unspecified in paper. Without momentum text to video keeps more
     of the teacher: mean 84.7 instead of 81.4, motion 0.82 instead of 0.68 on the digits (two seeds); DMD2 85.8 instead
     of 80.9 (one)."""
+    muon_scale: MuonScale = 0.0
+    """Muon's learning rate for the matrices in the generator's blocks, as a multiple of ``learning_rate``; 0 leaves
+    them to AdamW. DMD2 reads it, too. FIGURES"""
     fake_lora_rank: PositiveInt = 16
     fake_updates: PositiveInt = 1
     """Fake-score updates a generator update."""
@@ -87,6 +93,8 @@ class EquilibriumSettings(RenoisedSection):
     """AdamW's beta1, of both turns. Unspecified in paper. At a learning rate of 1e-4 text to video ends at a mean of 50
     with 0.9, and at 81 without momentum (digits, one seed, other settings differ, too); image to video measured 88.5
     and 88.1."""
+    muon_scale: MuonScale = 0.0
+    """As in ``priming``."""
     ema_decay: Decay = 0.98
     feature_blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3)
     """Backbone blocks whose output the heads judge."""
@@ -128,6 +136,8 @@ class RivalsSettings(RenoisedSection):
     adam_beta1: Decay = 0.9
     """AdamW's beta1 in consistency distillation, LADD and APT. Means with 0.9 and with 0 on the digits, text to video,
     one seed: 63.0 and 58.0, 52.2 and 51.0, 61.5 and 58.4."""
+    muon_scale: MuonScale = 0.0
+    """As in ``priming``, for consistency distillation, LADD and APT."""
     discriminator_learning_rate: LearningRate = 1e-4
     """Of APT's discriminator, a full copy of the network."""
     consistency_share: Fraction = 0.75

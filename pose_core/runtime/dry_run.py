@@ -211,7 +211,7 @@ def _workers(settings: Settings, plan: Plan) -> Table:
     for name, values in {
         "its shard of the weights": [each.weights for each in phases],
         "gradients": [each.gradients for each in phases],
-        "AdamW's two moments": [each.moments for each in phases],
+        "the optimisers' moments": [each.moments for each in phases],
         "running average": [each.average for each in phases],
     }.items():
         table.add_row(name, *map(_size, values))

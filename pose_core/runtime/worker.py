@@ -36,6 +36,7 @@ from pose_core.runtime.watchdog import Limits, Watchdog
 from pose_core.settings import TrainingSettings
 from pose_core.training import build, loop, parallel
 from pose_core.training.alarms import Alarms, Collapse
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.state import Batch, Networks
 
 WAIT = "data_wait_share"
@@ -62,7 +63,7 @@ def run_phase(config: dict[str, PhaseJob]) -> dict[str, float]:
         workers = Workers(parallel.rank(), parallel.ranks(), parallel.from_first_rank)
         batches = stack.enter_context(job.data.batches(position, *_reader(settings.training), workers))
         networks = _networks(job, device)
-        optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
+        optimizers = build_optimizers(networks, turns, settings.training.weight_decay)
         done = kept.load(found, networks, optimizers) if found else 0
         meter = Meter(job, networks, optimizers, turns, device)
         watchdog = Watchdog(Limits.of(settings), job.board, parallel.rank(), parallel.ranks())

@@ -22,6 +22,7 @@ from pose_core.errors import CheckpointError, ClusterError, PoseError, StorageGo
 from pose_core.training import parallel
 from pose_core.training.checkpoint_files import Commit, Files, Reader, Writer
 from pose_core.training.checkpoint_staging import Staging, layout
+from pose_core.training.optimizers import group_of
 from pose_core.training.parallel import Shared
 from pose_core.training.state import Networks
 
@@ -142,9 +143,10 @@ def _state(step: int, networks: Networks, optimizers: dict[str, torch.optim.Opti
     for role, module in stored.items():
         flat |= {f"networks.{role}.{name}": value for name, value in _own(networks, role, module).items()}
     for role, optimizer in optimizers.items():
+        module = stored[group_of(role)]
         if not optimizer.state:
-            get_optimizer_state_dict(stored[role], optimizer)  # makes it
-        names: dict[Tensor, str] = {parameter: name for name, parameter in stored[role].named_parameters()}
+            get_optimizer_state_dict(module, optimizer)  # makes it
+        names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         below = f"optimizers.{role}"
         for parameter, values in optimizer.state.items():
             flat |= {f"{below}.state.{names[parameter]}.{name}": value for name, value in values.items()}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.state import Batch, Networks
 
 Advance = Callable[[float], None]
@@ -99,7 +100,7 @@ def _train_phase(
 ) -> None:
     training, before, plan = settings.training, trained.updates, steps_by_phase(settings)
     turns = build.phase_turns(phase, settings)
-    optimizers = loop.build_optimizers(networks, turns, training.weight_decay)
+    optimizers = build_optimizers(networks, turns, training.weight_decay)
     started = time.process_time()
 
     def after_step(step: int, values: dict[str, Tensor]) -> bool:

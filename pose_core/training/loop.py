@@ -9,33 +9,15 @@ from torch import Tensor, nn
 
 from pose_core.errors import PoseError
 from pose_core.training import ema, parallel
+from pose_core.training.optimizers import of_group
 from pose_core.training.state import Batch, Draws, Networks
 from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Losses, Turn
 
-ADAM_BETA2 = 0.99
 AfterStep = Callable[[int, dict[str, Tensor]], bool | None]
 """Called with the number of finished steps and this rank's losses and gradient norms, as scalars by name.
 
 True, on all ranks, ends the training there."""
-
-
-def build_optimizers(
-    networks: Networks, turns: Sequence[Turn], weight_decay: float
-) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW a group of parameters that a turn updates; fused, it needs no room for a copy of them."""
-    groups = networks.groups()
-    return {
-        group: torch.optim.AdamW(
-            groups[group].values(),
-            lr=learning_rate,
-            betas=(turn.adam_beta1, ADAM_BETA2),
-            weight_decay=weight_decay,
-            fused=True,
-        )
-        for turn in turns
-        for group, learning_rate in turn.updates.items()
-    }
 
 
 def train(
@@ -80,8 +62,8 @@ def train(
                 with record("optimiser"):
                     norm = parallel.clip_gradients(updated_by(turn, groups), gradient_clip)
                     if skips[turn.name].finite(losses.total + norm, step):
-                        for group in turn.updates:
-                            optimizers[group].step()
+                        for optimizer in (each for group in turn.updates for each in of_group(optimizers, group)):
+                            optimizer.step()
                 # A loss may leave gradients on constants of its turn (heads in the generator's): they are dropped.
                 for parameter in everything:
                     parameter.grad = None

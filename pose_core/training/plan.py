@@ -20,12 +20,11 @@ from pose_core.models.folders import read_config
 from pose_core.models.parts import ClipShapes, build_encoders, clip_shapes
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns
+from pose_core.training.optimizers import ADAM_MOMENTS, MUON_MOMENTS, split
 from pose_core.training.state import Networks
 
 PHASES = ("priming", "equilibrium")
 FLOAT32_BYTES = 4
-MOMENTS = 2
-"""Numbers AdamW keeps for every parameter it trains."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +140,16 @@ def _encoders(teacher: Path) -> dict[str, int]:
 def _worker(phase: str, settings: Settings, networks: Networks) -> WorkerBytes:
     workers = settings.training.workers // settings.training.replicas
     groups = networks.groups()
-    trained = [p for turn in phase_turns(phase, settings) for group in turn.updates for p in groups[group].values()]
+    turns = phase_turns(phase, settings)
+    trained = [p for turn in turns for group in turn.updates for p in groups[group].values()]
+    matrices = [p for turn in turns for group in turn.updates for p in split(networks, turn, group)[1]]
     average = {id(parameter) for parameter in networks.average.weights().values()}
     others = [parameter for parameter in _everything(networks) if id(parameter) not in average]
     gradients = FLOAT32_BYTES * _shard(trained, workers)
     return WorkerBytes(
         weights=_bytes(others, workers),
         gradients=gradients,
-        moments=MOMENTS * gradients,
+        moments=ADAM_MOMENTS * gradients - (ADAM_MOMENTS - MUON_MOMENTS) * FLOAT32_BYTES * _shard(matrices, workers),
         average=FLOAT32_BYTES * _shard(networks.average.weights().values(), workers),
     )
 

@@ -49,7 +49,8 @@ def lcm_turns(settings: Settings) -> list[Turn]:
         loss = lcm.consistency_loss(v_theta, v_average, v_real, batch.x_0, draws.normal(batch.x_0), t, s)
         return Losses(loss, {})
 
-    return [Turn("generator", {"generator": rivals.learning_rate}, generator, rivals.adam_beta1)]
+    moved = {"generator": rivals.learning_rate}
+    return [Turn("generator", moved, generator, rivals.adam_beta1, muon_scale=rivals.muon_scale)]
 
 
 def apt_turns(settings: Settings) -> list[Turn]:
@@ -81,9 +82,10 @@ def apt_turns(settings: Settings) -> list[Turn]:
         return Losses(equilibrium.through_sample(loss, x0_hat), {})
 
     updates = {"discriminator": rivals.discriminator_learning_rate, "heads": rivals.heads_learning_rate}
+    moved = {"generator": rivals.adversarial_learning_rate}
     return [
         Turn("discriminator", updates, discriminator, rivals.adam_beta1),
-        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator, rivals.adam_beta1),
+        Turn("generator", moved, generator, rivals.adam_beta1, muon_scale=rivals.muon_scale),
     ]
 
 
@@ -97,10 +99,10 @@ def ladd_turns(settings: Settings) -> list[Turn]:
         judge = judge_of(networks.teacher, networks, batch.condition, phase.feature_blocks)
         return Losses(equilibrium.generator_adversarial(judge, x0_hat, draws.normal(x0_hat), t), {})
 
-    heads = {"heads": rivals.heads_learning_rate}
+    heads, moved = {"heads": rivals.heads_learning_rate}, {"generator": rivals.adversarial_learning_rate}
     return [
         Turn("discriminator", heads, discriminator_turn(phase, rivals, "frozen"), rivals.adam_beta1),
-        Turn("generator", {"generator": rivals.adversarial_learning_rate}, generator, rivals.adam_beta1),
+        Turn("generator", moved, generator, rivals.adam_beta1, muon_scale=rivals.muon_scale),
     ]
 
 
@@ -132,7 +134,8 @@ def dmd2_turns(settings: Settings) -> list[Turn]:
         return Losses(matching + rivals.gan_weight * adversarial, parts)
 
     updates = {"fake_score": phase.fake_learning_rate, "heads": rivals.heads_learning_rate}
+    moved = {"generator": rivals.learning_rate}
     return [
         Turn("fake", updates, fake, phase.adam_beta1, phase.fake_updates),
-        Turn("generator", {"generator": rivals.learning_rate}, generator, phase.adam_beta1),
+        Turn("generator", moved, generator, phase.adam_beta1, muon_scale=phase.muon_scale),
     ]

@@ -29,6 +29,7 @@ from pose_core.models.video_model import ClipShapes, Condition
 from pose_core.settings import Settings
 from pose_core.training import build, loop, parallel
 from pose_core.training.memory import ROLES, Bytes, Segment, Tracker
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.state import Batch, Networks
 
 LEAST_DEPTH = 4
@@ -128,7 +129,7 @@ def _simulate(phase: str, settings: Settings, teacher: Path) -> Step:
 
 def _run_step(phase: str, settings: Settings, networks: Networks, tracker: Tracker, batches: Iterator[Batch]) -> None:
     turns = build.phase_turns(phase, settings)
-    optimizers = loop.build_optimizers(networks, turns, settings.training.weight_decay)
+    optimizers = build_optimizers(networks, turns, settings.training.weight_decay)
     tracker.tag((p for module in networks.modules() for p in [*module.parameters(), *module.buffers()]), "weights")
     tracker.tag(networks.average.weights().values(), "average")
     for optimizer in optimizers.values():  # the moments are made by its first step

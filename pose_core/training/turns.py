@@ -43,7 +43,8 @@ Loss = Callable[[Networks, Batch, Draws], Losses]
 class Turn:
     """One share of a step: ``updates`` gives the learning rate of each group of ``Networks.groups()`` that moves.
 
-    ``adam_beta1`` is the momentum of their optimisers, ``repeats`` how often a step takes it.
+    ``adam_beta1`` is the momentum of AdamW, ``muon_scale`` Muon's learning rate for the matrices in the generator's
+    blocks as a multiple of its own (0: AdamW moves them, too), ``repeats`` how often a step takes it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Turn:
     loss: Loss
     adam_beta1: float
     repeats: int = 1
+    muon_scale: float = 0.0
 
 
 def priming_turns(settings: PrimingSettings) -> list[Turn]:
@@ -78,9 +80,10 @@ def priming_turns(settings: PrimingSettings) -> list[Turn]:
         gradient = priming.matching_gradient(v_phi, v_real, x0_hat, draws.normal(x0_hat), t, normalise=normalise)
         return Losses(priming.matching_loss(x0_hat, gradient), {"matching_gradient": gradient.square().mean().sqrt()})
 
+    moved = {"generator": settings.learning_rate}
     return [
         Turn("fake", {"fake_score": settings.fake_learning_rate}, fake, settings.adam_beta1, settings.fake_updates),
-        Turn("generator", {"generator": settings.learning_rate}, generator, settings.adam_beta1),
+        Turn("generator", moved, generator, settings.adam_beta1, muon_scale=settings.muon_scale),
     ]
 
 
@@ -100,10 +103,10 @@ def equilibrium_turns(settings: EquilibriumSettings) -> list[Turn]:
             total = total + settings.conditional_sds_weight * parts["conditional_sds"]
         return Losses(total, parts)
 
-    heads = {"heads": settings.heads_learning_rate}
+    heads, moved = {"heads": settings.heads_learning_rate}, {"generator": settings.learning_rate}
     return [
         Turn("discriminator", heads, discriminator_turn(settings, settings, settings.backbone), settings.adam_beta1),
-        Turn("generator", {"generator": settings.learning_rate}, generator, settings.adam_beta1),
+        Turn("generator", moved, generator, settings.adam_beta1, muon_scale=settings.muon_scale),
     ]
 
 

@@ -16,6 +16,7 @@ from pose_core.models.parts import clip_shapes
 from pose_core.models.small_folders import save_hunyuan15, save_ltx, save_wan, save_wan22_a14b, save_wan22_ti2v
 from pose_core.models.video_model import ClipShapes, Condition
 from pose_core.training import build, loop, parallel
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.state import Batch, Networks
 
 STEPS, GLOBAL_CLIPS, TOKENS = 2, 4, 6
@@ -99,7 +100,7 @@ def _train(phase: str, settings: Any, networks: Networks, shapes: ClipShapes) ->
     turns = build.phase_turns(phase, settings)
     loop.train(
         networks,
-        loop.build_optimizers(networks, turns, weight_decay=0.0),
+        build_optimizers(networks, turns, weight_decay=0.0),
         turns,
         _batches(shapes, networks),
         first_step=0,

@@ -9,7 +9,7 @@ import torch
 from phases import CASES, Phase, build_phase
 
 from pose_core.training import build, parallel
-from pose_core.training.loop import build_optimizers
+from pose_core.training.optimizers import build_optimizers
 
 STEPS = 5
 MESHES = {

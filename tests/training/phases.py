@@ -16,6 +16,7 @@ from pose_core.runtime.steady_files import SteadyFiles
 from pose_core.runtime.storage import Store
 from pose_core.settings import Settings
 from pose_core.training import build, checkpoint, loop, parallel
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.state import Batch, Networks
 from pose_core.training.telemetry import Record, unrecorded
 from pose_core.training.turns import Turn
@@ -29,6 +30,8 @@ CASES: dict[str, list[str]] = {
     "equilibrium": [],
     "priming, one base": ONE_BASE,
     "equilibrium, one base": ONE_BASE,
+    "priming, muon": ["priming.muon_scale=1"],
+    "equilibrium, muon": ["equilibrium.muon_scale=1"],
 }
 """Phases as they are built by default, and with all roles on one set of frozen weights."""
 LAST_BIASES = {"heads/token_heads.0.3.bias", "heads/token_heads.1.3.bias", "heads/semantic_head.logit.bias"}
@@ -117,7 +120,7 @@ def build_phase(name: str, folder: Path, *overrides: str, sharded: bool = False,
     if sharded:
         build.shard_networks(networks, settings, parallel.build_mesh(settings.training, device))
     turns = build.phase_turns(name, settings)
-    return Phase(settings, networks, turns, loop.build_optimizers(networks, turns, weight_decay=0.0))
+    return Phase(settings, networks, turns, build_optimizers(networks, turns, weight_decay=0.0))
 
 
 def batches(first_step: int, mesh: parallel.Mesh | None = None, device: torch.device = CPU) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from phases import PHASES, build_phase, differing, files, load, save
+from phases import CASES, build_phase, differing, files, load, save
 from torch.distributed.checkpoint import default_planner
 
 from pose_core.errors import CheckpointError, StorageGoneError
@@ -48,7 +48,7 @@ class Memory:
         return bytearray(self.objects[key][start:stop])
 
 
-@pytest.mark.parametrize("name", PHASES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_restored_phase_goes_on_bit_by_bit(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     phase, restored = build_phase(name, tiny_folder), build_phase(name, tiny_folder)
     phase.train(0, 2)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pose_core import config
 from pose_core.errors import PoseError
 from pose_core.training import build, loop
+from pose_core.training.optimizers import build_optimizers
 
 CURVES = {
     "priming": {
@@ -103,7 +104,7 @@ def test_it_takes_one_batch_a_step_and_counts_finished_steps(tiny_folder: Path, 
 def test_each_turns_optimizer_holds_its_own_parameters_and_learning_rate(tiny_folder: Path) -> None:
     overrides = "priming.learning_rate=0.002", "priming.fake_learning_rate=0.004", "priming.adam_beta1=0.5"
     phase = build_phase("priming", tiny_folder, *overrides)
-    optimizers = loop.build_optimizers(phase.networks, phase.turns, weight_decay=0.25)
+    optimizers = build_optimizers(phase.networks, phase.turns, weight_decay=0.25)
     groups = phase.networks.groups()
     for name, rate in (("generator", 0.002), ("fake_score", 0.004)):
         (group,) = optimizers[name].param_groups

@@ -48,7 +48,12 @@ def test_losses_and_gradient_norms_are_those_of_one_process(
             assert many.keys() == one.keys()
             for curve in one:
                 if curve.endswith(("/loss", "/gradient_norm")):
-                    assert many[curve] == pytest.approx(one[curve], rel=1e-5), (mesh, name, step, curve)
+                    assert many[curve] == pytest.approx(one[curve], rel=tolerance(name)), (mesh, name, step, curve)
+
+
+def tolerance(name: str) -> float:
+    """Muon makes its steps in bfloat16, where sums in another order are a thousandth apart, not a millionth."""
+    return 1e-3 if name.endswith("muon") else 1e-5
 
 
 def test_ranks_that_do_not_fill_the_mesh_are_refused() -> None:

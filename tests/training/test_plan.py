@@ -16,7 +16,7 @@ from pose_core.errors import CheckpointError, ConfigError
 from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns, shard_networks
-from pose_core.training.loop import build_optimizers
+from pose_core.training.optimizers import build_optimizers
 from pose_core.training.parallel import build_mesh
 from pose_core.training.plan import PHASES, plan_run
 
@@ -91,9 +91,13 @@ def three_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("scale", [0, 1])
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_plan_is_what_sharded_networks_really_hold(phase: str, tiny_folder: Path, three_ranks: None) -> None:
-    settings = config.load("", ["training.workers=3", "equilibrium.feature_blocks=[0, 1]"])
+def test_the_plan_is_what_sharded_networks_really_hold(
+    phase: str, scale: float, tiny_folder: Path, three_ranks: None
+) -> None:
+    overrides = "training.workers=3", "equilibrium.feature_blocks=[0, 1]", f"{phase}.muon_scale={scale}"
+    settings = config.load("", overrides)
     plan = plan_run(settings, tiny_folder)
     networks = build_networks(phase, settings, tiny_folder, tiny_folder, torch.empty(0), device=torch.device("cpu"))
     models = [networks.generator.module, networks.teacher.module, *([networks.heads] if networks.heads else [])]
@@ -102,8 +106,10 @@ def test_the_plan_is_what_sharded_networks_really_hold(phase: str, tiny_folder: 
     assert plan.workers[phase].weights == sum(map(local_bytes, held))
     assert plan.workers[phase].average == sum(map(local_bytes, networks.average.module.parameters()))
     optimizers = build_optimizers(networks, phase_turns(phase, settings), weight_decay=0.0).values()
-    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert plan.workers[phase].gradients == sum(map(local_bytes, trained))
+    moved = [(p, type(each)) for each in optimizers for group in each.param_groups for p in group["params"]]
+    assert plan.workers[phase].gradients == sum(local_bytes(p) for p, _ in moved)
+    numbers = {torch.optim.AdamW: 2, torch.optim.Muon: 1}
+    assert plan.workers[phase].moments == sum(numbers[kind] * local_bytes(p) for p, kind in moved)
 
 
 def local_bytes(parameter: torch.Tensor) -> int:
