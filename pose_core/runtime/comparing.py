@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +85,15 @@ def method_settings(settings: Settings, method: str, seed: int) -> Settings:
         ],
     }
     return config.load(config.dump(settings), [f"run.seed={seed}", *changes.get(method, [])])
+
+
+def paced(settings: Settings, seconds: Mapping[str, float], spent: Mapping[str, float]) -> Settings:
+    """``settings`` with as many steps as ``seconds`` allow where their own took ``spent``, by phase.
+
+    Seconds end the training; what changes with the share of a phase's steps that are done is to have changed by then.
+    """
+    steps = {phase: max(1, round(n * seconds[phase] / spent[phase])) for phase, n in steps_by_phase(settings).items()}
+    return config.load(config.dump(settings), [f"{phase}.steps={count}" for phase, count in steps.items()])
 
 
 def choose_methods(task: str, only: tuple[str, ...]) -> tuple[str, ...]:
@@ -163,6 +172,8 @@ class Comparison:
     def _job(self, method: str, table: str, seed: int, seconds: dict[str, float] | None = None) -> RowJob:
         table = "reference" if method in REFERENCES else table
         row = method_settings(self.settings, method, seed)
+        if seconds is not None and (spent := self._spent(method, seed)):
+            row = paced(row, seconds, spent)
         return RowJob(method, table, row, self.folder, self.wanted.split, self.data_key, seconds)
 
     def _jobs(self, table: str) -> Iterator[tuple[str, int, RowJob]]:
@@ -171,13 +182,14 @@ class Comparison:
             for seed in self.seeds[:1] if method == REAL else self.seeds:
                 if table == "updates" or method in (*REFERENCES, POSE):
                     yield method, seed, self._job(method, "updates", seed)
-                elif spent := self._pose_seconds(seed):
+                elif spent := self._spent(POSE, seed):
                     row = method_settings(self.settings, method, seed)
                     shares = share_seconds(row, spent, steps_by_phase(self.settings))
                     yield method, seed, self._job(method, "time", seed, shares)
 
-    def _pose_seconds(self, seed: int) -> dict[str, float] | None:
-        job = self._job(POSE, "updates", seed)
+    def _spent(self, method: str, seed: int) -> dict[str, float] | None:
+        """CPU seconds by phase of a row with equal updates, once it is there."""
+        job = self._job(method, "updates", seed)
         if job.read() is None:
             return None
         return json.loads((job.trained / "training.json").read_text())["cpu_seconds"]

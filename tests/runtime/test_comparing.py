@@ -20,7 +20,7 @@ from pose_core.models.codec import WanCodec
 from pose_core.runtime import comparing
 from pose_core.runtime.compare_clips import has_clips, read_heldout, read_training, write_clips
 from pose_core.runtime.compare_row import RowJob, run_row
-from pose_core.runtime.comparing import METHODS, Wanted, choose_methods, method_settings
+from pose_core.runtime.comparing import METHODS, Wanted, choose_methods, method_settings, paced
 from pose_core.runtime.datasets import NULL_TEXT, Prepared
 from pose_core.runtime.row_processes import run_in_processes
 from pose_core.runtime.storage import Store
@@ -205,6 +205,15 @@ def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_in_processes(work, jobs, parallel=2, on_progress=interrupt, on_end=lambda name, failure: None)
     assert multiprocessing.active_children() == []
+
+
+def test_a_row_that_ends_by_time_has_the_steps_its_own_speed_gives_it() -> None:
+    row = method_settings(config.load("", ["priming.steps=275", "equilibrium.steps=25"]), "apt", 0)
+    assert (row.priming.steps, row.equilibrium.steps) == (225, 75)
+    found = paced(row, {"priming": 90.0, "equilibrium": 0.5}, {"priming": 45.0, "equilibrium": 150.0})
+    assert (found.priming.steps, found.equilibrium.steps) == (450, 1)
+    assert found == row.model_copy(update={"priming": found.priming, "equilibrium": found.equilibrium})
+    assert paced(row, {"priming": 1.0, "equilibrium": 1.0}, {"priming": 1.0, "equilibrium": 1.0}) == row
 
 
 @pytest.mark.integration
