@@ -15,7 +15,8 @@ ADAM_MOMENTS = 2
 """Numbers AdamW keeps for every parameter it moves."""
 MUON_MOMENTS = 1
 MUON_MOMENTUM = 0.5
-"""Nesterov's. On the digits 0.8 with a smaller step measured a point less (text to video, one seed)."""
+"""Nesterov's. On the digits, text to video, one seed: means of 86.4, 87.6 and 86.4 with 0, 0.5 and 0.8 at scales of 6,
+6 and 4."""
 _MATRICES = "/matrices"
 
 

@@ -26,7 +26,7 @@ PARTS = ("data", "forward", "backward", "optimiser", "communication", "checkpoin
 data           waiting for the next batch, and bringing it to the device
 forward        losses, with every network they ask
 backward       gradients, with what is computed again for them
-optimiser      gradient norm and clipping, AdamW, the running average
+optimiser      gradient norm and clipping, AdamW and Muon, the running average
 communication  waiting for other ranks and their data, taken out of the part in which it falls. On the CPU: the blocking
                time of every collective. On a GPU: how long the stream that computes stands still until weights are
                gathered (and unpacked), gradients are reduced at the end of a backward pass, and tokens are exchanged;
