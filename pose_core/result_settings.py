@@ -21,8 +21,8 @@ class EvaluationSettings(Section):
     few_steps_time_min: Fraction = 0.0
     few_steps_time_max: Fraction = 1.0
     """Between these two few steps noise again, evenly spaced: 0 and 1 give four steps 0.75, 0.5 and 0.25. Unspecified
-    in paper. On the digits (validation clips, five seeds) 0.65 and 0.85 lift image to video from 91.5 to 91.9 in four
-    steps and in two; text to video falls from 88.5 to 87.8 in four and from 88.8 to 88.4 in two."""
+    in paper. On the digits (validation clips) 0.65 and 0.85 lift image to video from 91.5 to 91.9 in four steps and in
+    two (five seeds); text to video, trained with Muon, gains from 0 and 0.25: 89.8 instead of 87.3 in four (two)."""
     guidance: Annotated[float, Field(ge=0)] = 2.0
     workers: PositiveInt = 2
     judge: str = "teachers/digits_judge"
