@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from pose_core.training.muon import Muon
 from pose_core.training.state import Networks
 from pose_core.training.turns import Turn
 
@@ -27,8 +28,7 @@ def build_optimizers(
 
     Where a turn has a ``muon_scale``, Muon moves the generator's matrices, under a name of its own behind the group's.
     Muon (Jordan et al., 2024) takes the nearest orthogonal matrix of a gradient: all of its directions are moved as
-    far, where AdamW moves each number as far. Its steps are as long as AdamW's usual ones (0.2 of the learning rate,
-    root mean square; Liu et al., arXiv 2502.16982, section 2.2).
+    far, where AdamW moves each number as far.
     """
     built: dict[str, torch.optim.Optimizer] = {}
     for turn in turns:
@@ -40,12 +40,8 @@ def build_optimizers(
                     others, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
                 )
             if matrices:
-                built[group + _MATRICES] = torch.optim.Muon(
-                    matrices,
-                    lr=turn.muon_scale * learning_rate,
-                    momentum=MUON_MOMENTUM,
-                    weight_decay=weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
+                built[group + _MATRICES] = Muon(
+                    matrices, lr=turn.muon_scale * learning_rate, momentum=MUON_MOMENTUM, weight_decay=weight_decay
                 )
     return built
 

@@ -7,7 +7,7 @@ are sharded over all ranks of a replica, context groups included, so that none o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +20,7 @@ from torch.distributed import DeviceMesh
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -234,6 +234,15 @@ def highest(value: Tensor) -> int:
 def meet(device: torch.device) -> None:
     """Return once every rank has called it."""
     highest(torch.zeros((), dtype=torch.int32, device=device))
+
+
+def of_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``function`` of a whole tensor, which keeps its shape; every rank works it out and keeps its part of the result."""
+    if not isinstance(tensor, DTensor):
+        return function(tensor)
+    # Every rank has the whole result: nothing has to be sent to share it out.
+    result = function(tensor.full_tensor())
+    return distribute_tensor(result, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pose_core import config
 from pose_core.training import build
+from pose_core.training.muon import Muon
 from pose_core.training.optimizers import ADAM_MOMENTS, MUON_MOMENTS, group_of
 
 WAYS = {"full": [], "lora": ["training.generator=lora", "training.lora_rank=2"], "one base": ONE_BASE}
@@ -22,7 +23,7 @@ def test_muon_moves_the_matrices_of_the_generators_blocks_and_adamw_the_rest(tin
     generator = phase.networks.groups()["generator"]
     muon, adamw = phase.optimizers["generator/matrices"], phase.optimizers.get("generator")
     by_muon, by_adamw = names(generator, muon), names(generator, adamw)
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     assert (adamw is None) == (way != "full")  # a LoRA is matrices alone
     layers = [name for name, layer in phase.networks.generator.module.named_modules() if isinstance(layer, nn.Linear)]
     linear = {f"{name}.weight" for name in layers if "blocks." in name}
@@ -67,6 +68,20 @@ def test_a_first_step_of_muon_goes_as_far_along_every_direction_of_the_gradient(
     # Five steps of Newton and Schulz bring singular values near 1, not to it.
     assert along.diagonal().tolist() == pytest.approx([1, 1, 1], abs=0.35)
     assert (along - torch.diag(along.diagonal())).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_steps_are_those_of_torchs_muon_bit_by_bit(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    same = {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1}
+    optimizers = Muon([ours], **same), torch.optim.Muon([theirs], **same, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(ours, theirs)
 
 
 def test_state_is_what_the_plan_counts(tiny_folder: Path) -> None:

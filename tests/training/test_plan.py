@@ -16,6 +16,7 @@ from pose_core.errors import CheckpointError, ConfigError
 from pose_core.models.folders import SHIPPED, local_teacher
 from pose_core.settings import Settings
 from pose_core.training.build import build_networks, phase_turns, shard_networks
+from pose_core.training.muon import Muon
 from pose_core.training.optimizers import build_optimizers
 from pose_core.training.parallel import build_mesh
 from pose_core.training.plan import PHASES, plan_run
@@ -108,7 +109,7 @@ def test_the_plan_is_what_sharded_networks_really_hold(
     optimizers = build_optimizers(networks, phase_turns(phase, settings), weight_decay=0.0).values()
     moved = [(p, type(each)) for each in optimizers for group in each.param_groups for p in group["params"]]
     assert plan.workers[phase].gradients == sum(local_bytes(p) for p, _ in moved)
-    numbers = {torch.optim.AdamW: 2, torch.optim.Muon: 1}
+    numbers = {torch.optim.AdamW: 2, Muon: 1}
     assert plan.workers[phase].moments == sum(numbers[kind] * local_bytes(p) for p, kind in moved)
 
 
