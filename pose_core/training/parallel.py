@@ -237,7 +237,7 @@ def meet(device: torch.device) -> None:
 
 
 def of_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``function`` of a whole tensor, which keeps its shape; every rank works it out and keeps its part of the result."""
+    """``function`` of a whole tensor, which keeps its shape; every rank works it out and keeps its part of it."""
     if not isinstance(tensor, DTensor):
         return function(tensor)
     # Every rank has the whole result: nothing has to be sent to share it out.
