@@ -253,8 +253,10 @@ class Reader(dcp.StorageReader):
         source = whole.reshape(sizes)
         for dimension, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             source = source.narrow(dimension, offset, length)
-        target = planner.resolve_tensor(item).detach()
-        target.copy_(source)
+        # Shards of one tensor are read side by side: with gradients one's view would notice that another wrote.
+        with torch.no_grad():
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(source)
         planner.commit_tensor(item, target)
 
     @classmethod
