@@ -87,6 +87,8 @@ def node(ground: Ground) -> Iterator[SecondNode]:
 def test_elastic_training_goes_on_without_a_lost_node_and_grows_back(ground: Ground, node: SecondNode) -> None:
     ground.copy("elastic", ("prepare_data",))
     elastic = ("training.min_workers=1", "training.elastic_check_seconds=1", f"priming.steps={MORE_STEPS}")
+    # Of a node that Ray has not seen it would know nothing: it would begin alone and grow before its first step.
+    time.sleep(RAY_LOOKS_AT_NODES_SECONDS)
     attempt = ground.run("elastic", PHASE, *elastic)
     # Only here is its first checkpoint surely whole: the second waits for it.
     lost_at = attempt.until(2 * CHECKPOINT_EVERY + 1)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase, load
+import torch.distributed as dist
+from phases import CASES, LAST_BIASES, PHASES, Phase, build_phase, differing, load
 from ranks import INPUTS, LAST_STEP, SAVED_STEP, moved_by_turn, share, work
 from spawned import run_ranks
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import default_planner
 
 from pose_core.training import parallel
 
@@ -36,6 +39,14 @@ def alone(tiny_folder: Path) -> dict[str, Phase]:
     for phase in phases.values():
         phase.train(0, LAST_STEP)
     return phases
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """This process is a group of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def tolerance(name: str, curve: str, finished_steps: int) -> dict[str, float]:
@@ -123,6 +134,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(ranks, tiny_folder: Pa
     phase.train(step, LAST_STEP)
     for curve, value in ranks[0][name]["history"][-1].items():
         assert phase.history[0][curve] == pytest.approx(value, **tolerance(name, curve, 1)), curve
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_though_both_parts_of_a_weight_are_read_at_once(
+    ranks, one_rank: None, tiny_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    narrow = default_planner.narrow_tensor_by_index
+
+    def while_another_writes(tensor: Tensor, *part: Any) -> Tensor:
+        tensor.detach().mul_(1)
+        return narrow(tensor, *part)
+
+    monkeypatch.setattr(default_planner, "narrow_tensor_by_index", while_another_writes)
+    shrunk, whole = build_phase(name, tiny_folder, sharded=True), build_phase(name, tiny_folder)
+    assert load(out / name, shrunk) == load(out / name, whole) == SAVED_STEP
+    assert differing(whole.tensors(), shrunk.tensors()) == []
 
 
 @pytest.mark.parametrize("name", PHASES)
