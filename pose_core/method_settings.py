@@ -91,9 +91,8 @@ class EquilibriumSettings(RenoisedSection):
 
     renoise_time_max: Fraction = 0.98
     """Unspecified in paper. Behind 150 updates of phase I image to video has means of 92.1, 91.7 and 91.8 with 0.7, 0.4
-    and 0.98 on the digits, FQ 93.4, 93.1 and 92.2 (three, two and two seeds): what earlier times decide is settled
-    then, and the teacher's guess there is an average. Behind 25 it needs them (83.7 with 0.7, 89.5 with 0.98, one
-    seed)."""
+    and 0.98 on the digits, FQ 93.4, 93.1 and 92.2 (three, two and two seeds): the teacher's guess at earlier times is
+    an average of many clips. With AdamW, behind 25 updates, 83.7 with 0.7 and 89.5 with 0.98 (one seed)."""
     steps: NonNegativeInt = 60
     learning_rate: LearningRate = 1e-4
     """Image to video gains from 3e-4 on the digits, where conditional SDS keeps it stable: with momentum from 85.9 to
